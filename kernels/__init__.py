@@ -1,0 +1,1 @@
+"""The numerics of numlstm: cell equations, their derivation, and the kernels made from them. Knows arrays, never layers."""

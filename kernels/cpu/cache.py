@@ -1,0 +1,125 @@
+"""Numba's disk cache under our own key: the text a kernel is made from, never the place where its factory stands.
+
+Numba keys a cached function by its name and its file's date. A kernel here is a factory's product over emitted text, and
+under Numba's key an edited cell is served its old kernel, and two processes that build different cells at once can get
+each other's. So file name and index key are a hash of the emitted text, the compiler options and the sources of this
+package; Numba adds its own version and the processor. One name always means one content, whoever writes it.
+
+The directory: NUMLSTM_CACHE_DIR (empty: no cache), else the platform's user cache directory. Where it can't be written,
+kernels compile in memory: it costs time, nothing else. The classes extended are private to Numba (`numba.core.caching`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+from numba import njit
+from numba.core import caching
+
+from .simd import JIT_OPTIONS
+
+__all__ = ["compile_kernel", "directory"]
+
+
+def directory() -> Path | None:
+    """Where compiled kernels are kept, or None when caching is switched off."""
+    given = os.environ.get("NUMLSTM_CACHE_DIR")
+    if given is not None:
+        return Path(given) if given else None
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "numlstm"
+
+
+@cache
+def _sources() -> str:
+    """A hash of everything besides a cell's text that kernels are made from."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "derive.py"]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest() + llvmlite.__version__
+
+
+def _stable(options: dict[str, Any]) -> str:
+    """The options as text; sets sorted, since a set's repr changes from process to process."""
+    return repr(sorted((k, sorted(v) if isinstance(v, set) else v) for k, v in options.items()))
+
+
+class _KeyedCache(caching.FunctionCache):
+    def __init__(self, function: Callable[..., Any], name: str, key: str, path: str) -> None:
+        self._key = key
+
+        class Locator(caching._CacheLocator):
+            _py_file = name
+
+            def get_cache_path(self) -> str:
+                return path
+
+            def get_source_stamp(self) -> str:
+                return key
+
+            def get_disambiguator(self) -> str:
+                return key[:16]
+
+            @classmethod
+            def from_function(cls, py_func: Any, py_file: Any) -> Any:
+                return cls()
+
+        class Implementation(caching.CompileResultCacheImpl):
+            _locator_classes = [Locator]  # noqa: RUF012 (Numba's own protocol)
+
+            def __init__(self, py_func: Any) -> None:
+                super().__init__(py_func)
+                self._filename_base = f"{name}-{key[:24]}"
+
+        self._impl_class = Implementation
+        super().__init__(function)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple(), self._key
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError, IndexError, KeyError, AttributeError):
+            return None  # a damaged or unreadable entry is a miss: the kernel is compiled again, and the entry replaced
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            pass  # nowhere to write: the compiled kernel serves this process
+
+
+def compile_kernel(function: Callable[..., Any], name: str, text: str, signature: Any) -> Any:
+    """Compile `function` for `signature`, or load it from the cache.
+
+    Args:
+        function: what to compile; it may close over vector operations and emitted functions.
+        name: for file names and error messages.
+        text: all that the function depends on besides this package's sources: emitted source and constants.
+        signature: Numba argument types.
+    """
+    dispatcher = njit(**JIT_OPTIONS)(function)
+    path = directory()
+    if path is not None:
+        key = hashlib.sha256("\0".join((_sources(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            dispatcher._cache = _KeyedCache(function, name, key, str(path))
+        except OSError:
+            pass  # the directory can't be made: compile in memory
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher

@@ -1,0 +1,149 @@
+"""The product tile: C[m, :] = start[m, :] + sum over one or two products of A[m, k] B[k, :], in registers.
+
+`rows` x `columns` vectors of accumulators (isa.py); B is packed, k after k; A is broadcast from memory at any strides, so
+one tile serves A B and A^T B. A tile may add two products that cover different windows of its columns, as the input's
+and the recurrent product of a GRU do. Each shape is one noinline function: inlined beside the gates, their constants would
+push the accumulators out of the registers.
+
+A family is the tiles of one column shape for 1 to TILE_ROWS rows, compiled once and called through a table of addresses,
+so that kernels that use it stay small. linkonce_odr functions of one name are merged across the process, so shape, lanes
+and VERSION stand in the name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from .cache import compile_kernel
+from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .simd import F32, I64, VECTOR, VECTOR_BYTES, broadcast, fma, operation, pointer
+
+__all__ = ["Windows", "fused_family", "plain_families", "tile1", "tile2"]
+
+VERSION = 1
+Windows = tuple[tuple[int, int], ...]  # for each product, the columns it adds to: first and one past the last
+
+PRODUCT_ARGUMENTS = 6  # A, bytes between its rows, bytes between its k, how many k, B, bytes between its k
+LAST_ARGUMENTS = 4  # start, bytes between its rows, C, bytes between its rows
+
+
+def _tile(module: ir.Module, rows: int, columns: int, windows: Windows) -> ir.Function:
+    shape = "_".join(f"{a}to{z}" for a, z in windows)
+    name = f"numlstm_tile_{rows}x{columns}_{shape}_l{LANES}_v{VERSION}"
+    if name in module.globals:
+        return module.globals[name]
+    count = PRODUCT_ARGUMENTS * len(windows) + LAST_ARGUMENTS
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+    f.linkage = "linkonce_odr"
+    f.attributes.add("noinline")
+    start, start_step, out, out_step = f.args[-LAST_ARGUMENTS:]
+    b = ir.IRBuilder(f.append_basic_block())
+
+    def at(base: Any, step: Any, m: int, n: int) -> Any:
+        return pointer(b, b.add(b.add(base, b.mul(step, I64(m))), I64(n * VECTOR_BYTES)), VECTOR)
+
+    sums = {(m, n): b.load(at(start, start_step, m, n), align=4) for m in range(rows) for n in range(columns)}
+    for k, window in enumerate(windows):
+        product = f.args[PRODUCT_ARGUMENTS * k : PRODUCT_ARGUMENTS * (k + 1)]
+        _add_product(f, b, sums, rows, window, *product)
+    for (m, n), value in sums.items():
+        b.store(value, at(out, out_step, m, n), align=4)
+    b.ret_void()
+    return f
+
+
+def _add_product(
+    f: ir.Function, b: ir.IRBuilder, sums: dict, rows: int, window: tuple[int, int],
+    a: Any, a_row: Any, a_k: Any, k_end: Any, weights: Any, weights_step: Any,
+) -> None:  # fmt: skip
+    """Emit the loop over k; `sums` is updated to the values after it."""
+    first, last = window
+    if first == last:
+        return
+    live = [(m, n) for m in range(rows) for n in range(first, last)]
+    before = b.block
+    row_base = [b.add(a, b.mul(a_row, I64(m))) for m in range(rows)]
+    loop, end = f.append_basic_block(), f.append_basic_block()
+    b.cbranch(b.icmp_signed(">", k_end, I64(0)), loop, end)
+    b.position_at_end(loop)
+    k, offset, position = b.phi(I64), b.phi(I64), b.phi(I64)
+    accumulators = {key: b.phi(VECTOR) for key in live}
+    row = [b.load(pointer(b, b.add(position, I64((n - first) * VECTOR_BYTES)), VECTOR), align=4) for n in range(first, last)]
+    new = {}
+    for m in range(rows):
+        x = broadcast(b, b.load(pointer(b, b.add(row_base[m], offset), F32), align=4))
+        for n in range(first, last):
+            new[m, n] = fma(b, x, row[n - first], accumulators[m, n])
+    k_next = b.add(k, I64(1))
+    for phi, initial, following in (
+        (k, I64(0), k_next),
+        (offset, I64(0), b.add(offset, a_k)),
+        (position, weights, b.add(position, weights_step)),
+        *((accumulators[key], sums[key], new[key]) for key in live),
+    ):
+        phi.add_incoming(initial, before)
+        phi.add_incoming(following, loop)
+    b.cbranch(b.icmp_signed("<", k_next, k_end), loop, end)
+    b.position_at_end(end)
+    for key in live:
+        phi = b.phi(VECTOR)
+        phi.add_incoming(sums[key], before)
+        phi.add_incoming(new[key], loop)
+        sums[key] = phi
+
+
+def _table(name: str, shapes: tuple[tuple[int, Windows], ...]) -> np.ndarray:
+    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape."""
+
+    @operation("0(i)")
+    def write(b, table):
+        for s, (columns, windows) in enumerate(shapes):
+            for m in range(TILE_ROWS):
+                address = b.ptrtoint(_tile(b.module, m + 1, columns, windows), I64)
+                b.store(address, pointer(b, b.add(table, I64(8 * (s * TILE_ROWS + m))), I64), align=8)
+
+    def fill(table):
+        write(table)
+
+    table = np.zeros((len(shapes), TILE_ROWS), np.int64)
+    kernel = compile_kernel(fill, name, repr(shapes), types.void(types.int64))
+    kernel(table.ctypes.data)
+    _KEEP_LOADED.append(kernel)
+    return table
+
+
+_KEEP_LOADED: list[Any] = []  # the addresses in a table are good while their library is loaded
+
+
+@cache
+def fused_family(columns: int, windows: Windows) -> np.ndarray:
+    """Tiles of two products: entry m - 1 has m rows."""
+    return _table("tiles_fused", ((columns, windows),))[0]
+
+
+@cache
+def plain_families() -> np.ndarray:
+    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS."""
+    return _table("tiles_plain", tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1)))
+
+
+def _call_tile(b: ir.IRBuilder, address: Any, *args: Any) -> None:
+    function_type = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    b.call(b.inttoptr(address, function_type.as_pointer()), args)
+
+
+@operation("0(" + "i" * (1 + PRODUCT_ARGUMENTS + LAST_ARGUMENTS) + ")")
+def tile1(b, address, *args):
+    """Call the one-product tile at `address`."""
+    _call_tile(b, address, *args)
+
+
+@operation("0(" + "i" * (1 + 2 * PRODUCT_ARGUMENTS + LAST_ARGUMENTS) + ")")
+def tile2(b, address, *args):
+    """Call the two-product tile at `address`."""
+    _call_tile(b, address, *args)

@@ -1,0 +1,700 @@
+"""Fused recurrent sequences on the CPU, for any derived cell: forward and backward, one dispatch each.
+
+A step's pre-activations are one product tile (input and recurrence together, microkernel.py); the cell's emitted equations
+run on the tile while it is in L1. The backward pass is the same in reverse: a tile of dh = dgates R^T, then the emitted
+gradient on it. The weights' gradients are products over all steps at the end.
+
+Shapes. A cell has NP pre-activations a unit; the first GX of them are fed by the input, the last GH by the recurrence.
+Units come in blocks of W = UB vectors, HP is the number of units rounded up to whole blocks.
+    gates   [block][T B][NP W]   pre-activations, then saved values, then gradients, each over the last: the closing
+                                 products stream it as if it were packed
+    h       [T + 1][B][HP]       outputs, h[0] the initial state; the other states likewise (one slot in inference)
+    D       [2][B][NP HP]        the gates' gradients of this step and the one after it, row-major, for the product
+    wp, rp  [block][I or H][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
+Padded units (H..HP) hold whatever their cell gives for zeros; products never read them.
+
+Threads either split the batch (nothing shared but weights) or, where the recurrent weights outgrow a core's cache or the
+batch is small, the units, with a barrier a step. Every sum has one fixed order, so neither choice changes a bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import register_jitable
+
+from ..derive import Cell
+from ..sequence import Forward, Gradients
+from . import math as vector_math
+from . import threads
+from .cache import compile_kernel
+from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .microkernel import Windows, fused_family, plain_families, tile1, tile2
+from .simd import (
+    JIT_OPTIONS,
+    VECTOR_BYTES,
+    K,
+    keep_n,
+    load,
+    load_byte,
+    load_int,
+    load_n,
+    load_scalar,
+    store,
+    store_n,
+    store_scalar,
+    zero_bytes,
+)
+from .threads import barrier
+
+__all__ = ["backward", "forward"]
+
+# The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
+ONE_THREAD_BELOW = 5e6  # floating-point operations of the whole pass
+CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
+ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
+GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
+
+
+class P(IntEnum):
+    """A kernel's only argument is an int64 array of addresses, sizes and strides: the places of each in it."""
+
+    T = 0
+    B = auto()
+    I = auto()
+    H = auto()
+    HP = auto()
+    BLOCKS = auto()
+    UNITS_SPLIT = auto()  # 1: threads share the units; 0: the batch
+    FLAGS = auto()  # barrier flags
+    SCRATCH = auto()  # SCRATCH_BYTES a shard
+    ZEROS = auto()
+    X = auto()
+    KERNEL = auto()
+    RECURRENT = auto()
+    BIAS = auto()  # 0: none
+    PARAMS = auto()  # [param][HP]
+    VALID = auto()  # bytes [T B]; 0: all steps are valid
+    X_COLUMN = auto()  # for each gate fed by the input, its place among the weights' columns
+    H_COLUMN = auto()
+    WP = auto()
+    RP = auto()
+    BP = auto()
+    STATE_H = auto()
+    STATES = auto()  # the states after h: slot k at STATES + k STATE_SLOT, step t at t STATE_STEP
+    STATE_SLOT = auto()
+    STATE_STEP = auto()
+    TRAINING = auto()
+    GATES = auto()
+    EXTRA = auto()  # saved values beyond the NP that fit over the gates
+    FUSED = auto()  # table of tile addresses
+    PLAIN = auto()
+    DY = auto()  # 0: no gradient comes from the outputs
+    DY_T = auto()  # bytes between its steps
+    DY_B = auto()  # bytes between its rows
+    DSTATE = auto()  # [state][B][HP], in place
+    D = auto()
+    RT = auto()
+    WT = auto()
+    DX = auto()  # 0: not asked for
+    DWP = auto()
+    DRP = auto()
+    DBP = auto()
+    DKERNEL = auto()
+    DRECURRENT = auto()
+    DBIAS = auto()  # 0: none
+    DPARAMS = auto()  # [param][B][HP]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The constants of a cell's kernels; see the head of this file."""
+
+    pre: int
+    x_gates: int
+    h_gates: int
+    blocks_vectors: int  # UB
+    extra: int  # saved values beside those over the gates
+
+    @classmethod
+    def of(cls, cell: Cell) -> Layout:
+        pre = len(cell.pre)
+        return cls(pre, len(cell.x_gates), len(cell.h_gates), max(1, 4 // pre), max(0, cell.saved - pre))
+
+    @property
+    def width(self) -> int:
+        """W, units a block."""
+        return self.blocks_vectors * LANES
+
+    def groups(self) -> list[tuple[int, int, Windows]]:
+        """The tile's columns in groups that fit the registers: first column, how many, windows of the two products."""
+        ub, total = self.blocks_vectors, self.pre * self.blocks_vectors
+        x_end, h_start = self.x_gates * ub, (self.pre - self.h_gates) * ub
+        out = []
+        for first in range(0, total, TILE_COLUMNS):
+            last = min(first + TILE_COLUMNS, total)
+            clip = lambda c, first=first, last=last: min(max(c, first), last) - first
+            out.append((first, last - first, ((0, clip(x_end)), (clip(h_start), last - first))))
+        return out
+
+
+def tile_source(cell: Cell) -> str:
+    """The text of a cell's two tile functions: its emitted equations between loads and stores."""
+    lay = Layout.of(cell)
+    return "\n".join(
+        (cell.forward_source, cell.backward_source, _forward_tile(cell, lay), _backward_tile(cell, lay))
+    )
+
+
+def _names(prefix: str, names: Any) -> str:
+    """`_a, _b,`: prefixed, so that a cell's names can't meet the loop's."""
+    return "".join(f"{prefix}{n}, " for n in names)
+
+
+def _forward_tile(cell: Cell, lay: Layout) -> str:
+    """forward_tile(p, s, s_step, rows, t, b, u): the cell on `rows` rows from b and block u; s addresses pre-activations."""
+    wb = lay.width * 4
+    uses = set(cell.forward_args)
+    o = [
+        "def forward_tile(p, s, s_step, rows, t, b, u):",
+        f"    hp4 = load_int(p + {8 * P.HP}); B = load_int(p + {8 * P.B}); TB = load_int(p + {8 * P.T}) * B; r = t * B + b",
+        f"    valid = load_int(p + {8 * P.VALID}); training = load_int(p + {8 * P.TRAINING}); hp4 = hp4 * 4; at = u * {wb}",
+        f"    hi = load_int(p + {8 * P.STATE_H}) + r * hp4 + at; ho = hi + B * hp4",
+        f"    slot = load_int(p + {8 * P.STATE_SLOT}); step = load_int(p + {8 * P.STATE_STEP})",
+        f"    ci = load_int(p + {8 * P.STATES}) + t * step + b * hp4 + at; co = ci + step",
+        f"    e = load_int(p + {8 * P.EXTRA}) + (u * TB + r) * {lay.extra * wb}; w = load_int(p + {8 * P.PARAMS}) + at",
+        "    for m in range(rows):",
+        "        if valid == 0 or load_byte(valid + r + m) != 0:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+    ]
+    indent = " " * 16
+    o += [f"{indent}_{g} = load(s + {k * wb} + q)" for k, g in enumerate(cell.pre) if g in uses]
+    for k, s in enumerate(cell.state):
+        if s in uses:
+            o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
+    o += [f"{indent}_{n} = load(w + {k} * hp4 + q)" for k, n in enumerate(cell.params)]
+    results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
+    o.append(f"{indent}{_names('_', results)} = forward({_names('_', cell.forward_args)})".replace(",  =", ", ="))
+    o += [f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)" for k, s in enumerate(cell.state)]
+    if cell.saved:
+        o.append(f"{indent}if training != 0:")
+        for k in range(cell.saved):
+            where = f"s + {k * wb}" if k < lay.pre else f"e + {(k - lay.pre) * wb}"
+            o.append(f"{indent}    store({where} + q, _y{k})")
+    o += ["        else:", f"            for q in range(0, {wb}, {VECTOR_BYTES}):", f"{indent}store(ho + q, load(hi + q))"]
+    o += [f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)]
+    o.append(f"        s += s_step; hi += hp4; ho += hp4; ci += hp4; co += hp4; e += {lay.extra * wb}")
+    return "\n".join(o) + "\n"
+
+
+def _backward_tile(cell: Cell, lay: Layout) -> str:
+    """backward_tile(p, s, s_step, rows, t, b, v, vectors): gradients of step t on rows from b, unit vectors from v.
+
+    s addresses what comes from the step after through the recurrence, (rows, vectors LANES).
+    """
+    wb, row = lay.width * 4, lay.pre * lay.width * 4
+    uses = set(cell.backward_args)
+    o = [
+        "def backward_tile(p, s, s_step, rows, t, b, v, vectors):",
+        f"    HP = load_int(p + {8 * P.HP}); B = load_int(p + {8 * P.B}); TB = load_int(p + {8 * P.T}) * B; r = t * B + b",
+        f"    hp4 = HP * 4; valid = load_int(p + {8 * P.VALID}); H = load_int(p + {8 * P.H}); dslot = B * hp4",
+        f"    slot = load_int(p + {8 * P.STATE_SLOT}); step = load_int(p + {8 * P.STATE_STEP})",
+        f"    hi0 = load_int(p + {8 * P.STATE_H}) + r * hp4; ci0 = load_int(p + {8 * P.STATES}) + t * step + b * hp4",
+        f"    w0 = load_int(p + {8 * P.PARAMS}); g0 = load_int(p + {8 * P.GATES}); e0 = load_int(p + {8 * P.EXTRA})",
+        f"    dy0 = load_int(p + {8 * P.DY}); ds0 = load_int(p + {8 * P.DSTATE}) + b * hp4",
+        f"    if dy0 != 0: dy0 += t * load_int(p + {8 * P.DY_T}) + b * load_int(p + {8 * P.DY_B})",
+        f"    dy_step = load_int(p + {8 * P.DY_B}); dp0 = load_int(p + {8 * P.DPARAMS}) + b * hp4",
+        f"    d0 = load_int(p + {8 * P.D}) + ((t & 1) * B + b) * (hp4 * {lay.pre})",
+        "    for m in range(rows):",
+        "        live = valid == 0 or load_byte(valid + r + m) != 0",
+        "        for j in range(vectors):",
+        f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
+        f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
+        f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * (hp4 * {lay.pre}) + q; ds = ds0 + m * hp4 + q",
+        f"            _d_{cell.state[0]} = load(s + j * {VECTOR_BYTES}) + load(ds)",
+        f"            if dy0 != 0: _d_{cell.state[0]} = _d_{cell.state[0]} + load_n(dy0 + m * dy_step + q, n)",
+        "            if live:",
+    ]
+    indent = " " * 16
+    for k, s in enumerate(cell.state):
+        before = "hi0 + m * hp4 + q" if k == 0 else f"ci0 + m * hp4 + {k - 1} * slot + q"
+        if k:
+            o.append(f"{indent}_d_{s} = load(ds + {k} * dslot)")
+        if s in uses:
+            o.append(f"{indent}_{s} = load({before})")
+        if s + "1" in uses:
+            o.append(f"{indent}_{s}1 = load({before} + {'B * hp4' if k == 0 else 'step'})")
+    o += [f"{indent}_{n} = load(w0 + {k} * hp4 + q)" for k, n in enumerate(cell.params) if n in uses]
+    for k in range(cell.saved):
+        if k < lay.pre:
+            o.append(f"{indent}_y{k} = load(g + {k * wb})")
+        else:
+            extra = f"e0 + (block * TB + r + m) * {lay.extra * wb} + sub + {(k - lay.pre) * wb}"
+            o.append(f"{indent}_y{k} = load({extra})")
+    results = [*(f"g_{n}" for n in cell.pre), *(f"s_{n}" for n in cell.state), *(f"p_{n}" for n in cell.params)]
+    o.append(f"{indent}{_names('_', results)} = backward({_names('_', cell.backward_args)})".replace(",  =", ", ="))
+    o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
+    o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in cell.pre]
+    for k, g in enumerate(cell.pre):
+        o.append(f"{indent}store(g + {k * wb}, _g_{g}); store(d + {k} * hp4, _g_{g})")
+    o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
+    for k, n in enumerate(cell.params):
+        o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
+    o.append("            else:")  # the states' gradients pass on; the gates get none
+    o.append(f"{indent}store(ds, _d_{cell.state[0]})")
+    o += [f"{indent}store(g + {k * wb}, K(0.0)); store(d + {k} * hp4, K(0.0))" for k in range(lay.pre)]
+    o.append("        s += s_step")
+    return "\n".join(o) + "\n"
+
+
+@njit(inline="always", **JIT_OPTIONS)
+def get(p, place):
+    return load_int(p + 8 * place)
+
+
+@njit(inline="always", **JIT_OPTIONS)
+def tile_rows(left):
+    """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
+    if left >= 2 * TILE_ROWS or left == TILE_ROWS:
+        return TILE_ROWS
+    return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
+
+
+@njit(inline="always", **JIT_OPTIONS)
+def share(total, shard, shards):
+    """First and one past the last of this shard's part of range(total)."""
+    return total * shard // shards, total * (shard + 1) // shards
+
+
+@njit(**JIT_OPTIONS)
+def pack_columns(source, rows, H, blocks, gates, width, columns, out, shard, shards):
+    """(rows, G H) -> [block][rows][gates width]: the gates' columns of each block of units side by side, padded with 0."""
+    first, last = share(blocks, shard, shards)
+    for u in range(first, last):
+        for k in range(rows):
+            for g in range(gates):
+                a = source + (k * H * gates + load_int(columns + 8 * g) * H + u * width) * 4
+                z = out + ((u * rows + k) * gates + g) * width * 4
+                for q in range(0, width, LANES):
+                    store(z + q * 4, load_n(a + q * 4, H - u * width - q))
+
+
+@njit(**JIT_OPTIONS)
+def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, shard, shards):
+    """The reverse of `pack_columns`."""
+    first, last = share(rows, shard, shards)
+    for k in range(first, last):
+        for u in range(blocks):
+            for g in range(gates):
+                a = packed + ((u * rows + k) * gates + g) * width * 4
+                z = out + (k * H * gates + load_int(columns + 8 * g) * H + u * width) * 4
+                for q in range(0, width, LANES):
+                    store_n(z + q * 4, load(a + q * 4), H - u * width - q)
+
+
+@njit(**JIT_OPTIONS)
+def pack_transposed(source, rows, H, HP, gates, columns, out, shard, shards):
+    """(rows, G H) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates HP][vectors LANES], padded with 0."""
+    vectors = (rows + LANES - 1) // LANES
+    panels = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS
+    depth = gates * HP
+    first, last = share(panels, shard, shards)
+    for j in range(first, last):
+        v0 = j * TILE_COLUMNS
+        width = min(TILE_COLUMNS, vectors - v0) * LANES
+        panel = out + v0 * LANES * depth * 4
+        zero_bytes(panel, depth * width * 4)
+        for c in range(min(width, rows - v0 * LANES)):
+            for g in range(gates):
+                a = source + ((v0 * LANES + c) * H * gates + load_int(columns + 8 * g) * H) * 4
+                z = panel + (g * HP * width + c) * 4
+                for u in range(H):
+                    store_scalar(z + u * width * 4, load_scalar(a + u * 4))
+
+
+def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, Any]:
+    """The loops over time, blocks and rows that a cell's tiles stand in, and the closing products."""
+    W, NP, GX, GH = lay.width, lay.pre, lay.x_gates, lay.h_gates
+    UB = lay.blocks_vectors
+    WB, ROW, VB, COLUMNS = W * 4, NP * W * 4, VECTOR_BYTES, TILE_COLUMNS
+    GROUPS = len(lay.groups())
+    # For each group of columns: its first column, and where its part of a packed row of wp and rp starts.
+    FIRST = tuple(first for first, _, _ in lay.groups())
+    R_FIRST = tuple(max(0, first - (NP - GH) * UB) for first in FIRST)
+    NH = NP - GH  # pre-activations that the recurrence does not feed
+
+    def forward(p, shard, shards):
+        T, B, I, H = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H)
+        blocks, x, hp4, training = get(p, P.BLOCKS), get(p, P.X), get(p, P.HP) * 4, get(p, P.TRAINING)
+        wp, rp, bp, fused, flags = get(p, P.WP), get(p, P.RP), get(p, P.BP), get(p, P.FUSED), get(p, P.FLAGS)
+        gates, scratch = get(p, P.GATES), get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
+        # 1. pack the weights, each thread its blocks
+        pack_columns(get(p, P.KERNEL), I, H, blocks, GX, W, get(p, P.X_COLUMN), wp, shard, shards)
+        pack_columns(get(p, P.RECURRENT), H, H, blocks, GH, W, get(p, P.H_COLUMN), rp, shard, shards)
+        if get(p, P.BIAS) != 0 and shard == 0:
+            for u in range(blocks):
+                for g in range(GX):
+                    a = get(p, P.BIAS) + (load_int(get(p, P.X_COLUMN) + 8 * g) * H + u * W) * 4
+                    for q in range(0, W, LANES):
+                        store(bp + u * ROW + g * WB + q * 4, load_n(a + q * 4, H - u * W - q))
+        barrier(flags, shard, shards, 1)
+        # 2. the steps
+        b0, b1 = share(B, shard, shards)
+        u0, u1 = 0, blocks
+        units_split = get(p, P.UNITS_SPLIT)
+        if units_split != 0:
+            b0, b1 = 0, B
+            u0, u1 = share(blocks, shard, shards)
+        for t in range(T):
+            for u in range(u0, u1):
+                b = b0
+                while b < b1:
+                    m = tile_rows(b1 - b)
+                    r = t * B + b
+                    s = scratch
+                    if training != 0:
+                        s = gates + (u * T * B + r) * ROW
+                    for k in range(GROUPS):
+                        tile2(
+                            load_int(fused + (k * TILE_ROWS + m - 1) * 8),
+                            x + r * I * 4, I * 4, 4, I, wp + u * I * (GX * WB) + FIRST[k] * VB, GX * WB,
+                            get(p, P.STATE_H) + r * hp4, hp4, 4, H, rp + u * H * (GH * WB) + R_FIRST[k] * VB, GH * WB,
+                            bp + u * ROW + FIRST[k] * VB, 0, s + FIRST[k] * VB, ROW,
+                        )  # fmt: skip
+                    forward_tile(p, s, ROW, m, t, b, u)
+                    b += m
+            if units_split != 0:
+                barrier(flags, shard, shards, t + 2)
+
+    def backward(p, shard, shards):
+        T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
+        blocks, hp4, TB, flags = get(p, P.BLOCKS), get(p, P.HP) * 4, get(p, P.T) * get(p, P.B), get(p, P.FLAGS)
+        rt, wt, dx, d, plain = get(p, P.RT), get(p, P.WT), get(p, P.DX), get(p, P.D), get(p, P.PLAIN)
+        zeros, ds, gates = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES)
+        s = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB))
+        # 1. pack the transposed weights
+        pack_transposed(get(p, P.RECURRENT), H, H, HP, GH, get(p, P.H_COLUMN), rt, shard, shards)
+        if dx != 0:
+            pack_transposed(get(p, P.KERNEL), I, H, HP, GX, get(p, P.X_COLUMN), wt, shard, shards)
+        barrier(flags, shard, shards, 1)
+        # 2. the steps, last to first; at t = -1 only what leaves the first step is left to do
+        b0, b1 = share(B, shard, shards)
+        v0, v1 = 0, HP // LANES
+        x0, x1 = 0, (I + LANES - 1) // LANES
+        units_split = get(p, P.UNITS_SPLIT)
+        if units_split != 0:
+            b0, b1 = 0, B
+            v0, v1 = share((v1 + COLUMNS - 1) // COLUMNS, shard, shards)
+            x0, x1 = share((x1 + COLUMNS - 1) // COLUMNS, shard, shards)
+            v0, v1 = v0 * COLUMNS, min(v1 * COLUMNS, HP // LANES)
+            x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
+        real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
+        for t in range(T - 1, -2, -1):
+            after = d + ((t + 1) & 1) * B * (NP * hp4)
+            for v in range(v0, v1, COLUMNS):
+                n = min(COLUMNS, v1 - v)
+                width = min(COLUMNS, real - v)
+                b = b0
+                while b < b1:
+                    m = tile_rows(b1 - b)
+                    if t == T - 1 or width < n:
+                        zero_bytes(s, m * n * VB)
+                    if t < T - 1 and width > 0:
+                        tile1(
+                            load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
+                            after + b * (NP * hp4) + NH * hp4, NP * hp4, 4, GH * HP,
+                            rt + v * VB * (GH * HP), width * VB, zeros, 0, s, n * VB,
+                        )  # fmt: skip
+                    if t >= 0:
+                        backward_tile(p, s, n * VB, m, t, b, v, n)
+                    else:
+                        for k in range(m):
+                            for q in range(n):
+                                a = ds + (b + k) * hp4 + (v + q) * VB
+                                store(a, load(a) + load(s + (k * n + q) * VB))
+                    b += m
+            if dx != 0 and t < T - 1:
+                for v in range(x0, x1, COLUMNS):
+                    n = min(COLUMNS, x1 - v)
+                    b = b0
+                    while b < b1:
+                        m = tile_rows(b1 - b)
+                        tile1(
+                            load_int(plain + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                            after + b * (NP * hp4), NP * hp4, 4, GX * HP,
+                            wt + v * VB * (GX * HP), n * VB, zeros, 0, s, n * VB,
+                        )  # fmt: skip
+                        for k in range(m):
+                            out = dx + (((t + 1) * B + b + k) * I + v * LANES) * 4
+                            for q in range(n):
+                                store_n(out + q * VB, load(s + (k * n + q) * VB), I - (v + q) * LANES)
+                        b += m
+            if units_split != 0:
+                barrier(flags, shard, shards, 2 + T - 1 - t)
+        barrier(flags, shard, shards, T + 4)
+        # 3. dW = x^T dgates, dR = h^T dgates, db = sum of dgates: output tiles shared out, blocks of rows outermost, so
+        # that these rows stay in cache for every tile
+        x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (H + TILE_ROWS - 1) // TILE_ROWS
+        per_block = x_tiles + h_tiles
+        first, last = share(blocks * per_block, shard, shards)
+        for k in range(0, TB, GRADIENT_ROWS):
+            rows = min(GRADIENT_ROWS, TB - k)
+            for u in range(first // per_block, blocks):
+                if u * per_block >= last:
+                    break
+                panel = gates + (u * TB + k) * ROW
+                for i in range(max(first - u * per_block, 0), min(last - u * per_block, per_block)):
+                    if i == 0:
+                        for c in range(NP * UB):
+                            a = get(p, P.DBP) + u * ROW + c * VB
+                            total = load(a)
+                            for q in range(rows):
+                                total = total + load(panel + q * ROW + c * VB)
+                            store(a, total)
+                    if i < x_tiles:
+                        m, M, step, G = i * TILE_ROWS, I, I * 4, GX
+                        source, out, start = get(p, P.X), get(p, P.DWP), 0
+                    else:
+                        m, M, step, G = (i - x_tiles) * TILE_ROWS, H, hp4, GH
+                        source, out, start = get(p, P.STATE_H), get(p, P.DRP), NH * WB
+                    c0 = out + (u * M + m) * (G * WB)
+                    for c in range(0, G * UB, COLUMNS):
+                        n = min(COLUMNS, G * UB - c)
+                        tile1(
+                            load_int(plain + ((n - 1) * TILE_ROWS + min(TILE_ROWS, M - m) - 1) * 8),
+                            source + k * step + m * 4, 4, step, rows, panel + start + c * VB, ROW,
+                            c0 + c * VB, G * WB, c0 + c * VB, G * WB,
+                        )  # fmt: skip
+        barrier(flags, shard, shards, T + 5)
+        unpack_columns(get(p, P.DWP), I, H, blocks, GX, W, get(p, P.X_COLUMN), get(p, P.DKERNEL), shard, shards)
+        unpack_columns(get(p, P.DRP), H, H, blocks, GH, W, get(p, P.H_COLUMN), get(p, P.DRECURRENT), shard, shards)
+
+    return forward, backward
+
+
+SIGNATURE = types.void(types.int64, types.int64, types.int64)
+
+
+@cache
+def _functions(cell: Cell) -> tuple[str, Any, Any]:
+    """Tile source and the two driver functions, not yet compiled."""
+    lay, source = Layout.of(cell), tile_source(cell)
+    scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
+    exec(compile(source, f"<cell {cell.name}>", "exec"), scope)
+    for name in ("forward", "backward"):
+        scope[name] = register_jitable(inline="always")(scope[name])
+    tiles = [njit(**JIT_OPTIONS)(scope[name]) for name in ("forward_tile", "backward_tile")]
+    return source, *_drivers(lay, *tiles)
+
+
+@cache
+def forward_kernel(cell: Cell) -> Any:
+    source, function, _ = _functions(cell)
+    return compile_kernel(function, f"{cell.name}_forward", source, SIGNATURE)
+
+
+@cache
+def backward_kernel(cell: Cell) -> Any:
+    source, _, function = _functions(cell)
+    return compile_kernel(function, f"{cell.name}_backward", source, SIGNATURE)
+
+
+@cache
+def _tables(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Addresses of the cell's fused tiles (a row a group of columns), and the weights' columns of its two kinds of gates."""
+    fused = np.stack([fused_family(columns, windows) for _, columns, windows in Layout.of(cell).groups()])
+    column = {g: k for k, g in enumerate(cell.gates)}
+    column |= {g + part: k for k, g in enumerate(cell.gates) for part in ("_x", "_h")}
+    return (
+        np.ascontiguousarray(fused),
+        np.array([column[g] for g in cell.x_gates], np.int64),
+        np.array([column[g] for g in cell.h_gates], np.int64),
+    )
+
+
+def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
+    """A float32 array that starts on a cache line (NumPy promises 16 bytes): a load that straddles two lines costs two."""
+    n = math.prod(shape) * 4
+    raw = (np.zeros if zero else np.empty)(n + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n].view(np.float32).reshape(shape)
+
+
+def _split(lay: Layout, T: int, B: int, I: int, H: int) -> tuple[int, bool]:
+    """How many threads share the sequence, and whether by units (else by batch)."""
+    n, blocks = threads.get_num_threads(), -(-H // lay.width)
+    weights = (lay.x_gates * I + lay.h_gates * H) * H
+    if n == 1 or 2.0 * T * B * weights < ONE_THREAD_BELOW:
+        return 1, False
+    if B >= ROWS_FOR_BATCH_SPLIT * n and 4 * weights <= CACHE_BYTES:
+        return n, False
+    if blocks >= n:
+        return n, True
+    return min(n, B), False
+
+
+def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
+    """Which kernel runs this shape, in words."""
+    shards, units = _split(Layout.of(cell), T, B, I, H)
+    how = "one thread" if shards == 1 else f"{shards} threads over the {'units' if units else 'batch'}"
+    return f"fused {cell.name}, {TILE_ROWS} x {TILE_COLUMNS} vectors of {LANES}, {how}"
+
+
+class Residual:
+    """What a forward pass keeps for its backward pass: its plan, and the arrays that the plan's addresses point into."""
+
+    def __init__(self, cell: Cell, plan: np.ndarray, arrays: dict[P, np.ndarray], params: Any, sizes: Any) -> None:
+        self.cell, self.plan, self.arrays, self.params, self.sizes = cell, plan, arrays, params, sizes
+
+
+def _float32(name: str, a: Any, shape: tuple[int, ...]) -> np.ndarray:
+    a = np.ascontiguousarray(a, np.float32)
+    if a.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {a.shape}")
+    return a
+
+
+def forward(
+    cell: Cell,
+    x: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None,
+    params: tuple[np.ndarray, ...],
+    state: tuple[np.ndarray, ...] | None,
+    valid: np.ndarray | None,
+    *,
+    training: bool,
+) -> Forward:
+    """Run the sequence in float32; see ../sequence.py for arguments, shapes and meaning.
+
+    Raises:
+        ValueError: an array's shape does not fit the others.
+
+    >>> import numpy as np
+    >>> from numlstm.kernels import cells
+    >>> out = forward(cells.elman(), np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1)), None, (), None, None, training=False)
+    >>> out.h.ravel().round(4).tolist()
+    [0.7616, 0.7616, 0.7616]
+    """
+    (T, B, I), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
+    lay = Layout.of(cell)
+    blocks = -(-H // lay.width)
+    HP, S = blocks * lay.width, len(cell.state)
+    fused, x_column, h_column = _tables(cell)
+    shards, units = _split(lay, T, B, I, H)
+    slots = T + 1 if training else 1
+    a: dict[P, np.ndarray] = {
+        P.X: _float32("x", x, (T, B, I)),
+        P.KERNEL: _float32("kernel", kernel, (I, G * H)),
+        P.RECURRENT: _float32("recurrent_kernel", recurrent_kernel, (H, G * H)),
+        P.WP: aligned((blocks, I, lay.x_gates * lay.width)),
+        P.RP: aligned((blocks, H, lay.h_gates * lay.width)),
+        P.BP: aligned((blocks, lay.pre, lay.width), zero=True),
+        P.STATE_H: aligned((T + 1, B, HP)),
+        P.STATES: aligned((S - 1, slots, B, HP)),
+        P.FLAGS: np.zeros(shards * threads.FLAG_BYTES // 8, np.int64),
+        P.SCRATCH: aligned((shards, TILE_ROWS, max(lay.pre * lay.width, TILE_COLUMNS * LANES))),
+        P.ZEROS: aligned((TILE_COLUMNS * LANES,), zero=True),
+        P.PARAMS: aligned((len(params), HP), zero=True),
+        P.X_COLUMN: x_column,
+        P.H_COLUMN: h_column,
+        P.FUSED: fused,
+        P.PLAIN: plain_families(),
+    }
+    if bias is not None:
+        a[P.BIAS] = _float32("bias", bias, (G * H,))
+    if valid is not None:
+        if valid.shape != (T, B):
+            raise ValueError(f"valid: expected shape {(T, B)}, got {valid.shape}")
+        a[P.VALID] = np.ascontiguousarray(valid, np.bool_)
+    for k, param in enumerate(params):
+        a[P.PARAMS][k, :H] = param
+    for k in range(S):
+        first = a[P.STATE_H][0] if k == 0 else a[P.STATES][k - 1, 0]
+        first[:, H:] = 0
+        first[:, :H] = 0 if state is None else state[k]
+    if training:
+        a[P.GATES] = aligned((blocks, T * B, lay.pre * lay.width))
+        a[P.EXTRA] = aligned((blocks, T * B, lay.extra * lay.width))
+    plan = np.zeros(len(P), np.int64)
+    sizes = {
+        P.T: T, P.B: B, P.I: I, P.H: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: units, P.TRAINING: training,
+        P.STATE_SLOT: slots * B * HP * 4, P.STATE_STEP: B * HP * 4 if training else 0,
+    }  # fmt: skip
+    for place, value in sizes.items():
+        plan[place] = value
+    _point(plan, a)
+    threads.run(forward_kernel(cell), plan.ctypes.data, shards)
+    hs, cs = a[P.STATE_H], a[P.STATES]
+    final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
+    if not training:
+        return Forward(hs[1:, :, :H], final, None, None)
+    states = tuple(cs[k, 1:, :, :H] for k in range(S - 1))
+    return Forward(hs[1:, :, :H], final, states, Residual(cell, plan, a, params, (T, B, I, H, HP, blocks, shards)))
+
+
+def _point(plan: np.ndarray, arrays: dict[P, np.ndarray]) -> None:
+    for place, array in arrays.items():
+        plan[place] = array.ctypes.data
+
+
+def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
+    """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state.
+
+    Raises:
+        ValueError: the residual has been used (its saved values have become gradients).
+    """
+    if not residual.arrays:
+        raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
+    cell, plan, a, (T, B, I, H, HP, blocks, shards) = residual.cell, residual.plan, residual.arrays, residual.sizes
+    residual.arrays = {}
+    lay = Layout.of(cell)
+    ds = aligned((len(cell.state), B, HP), zero=True)
+    for k, d in enumerate(dfinal):
+        if d is not None:
+            ds[k, :, :H] = d
+    new: dict[P, np.ndarray] = {
+        P.DSTATE: ds,
+        P.D: aligned((2, B, lay.pre * HP)),
+        P.RT: aligned((lay.h_gates * HP * -(-H // LANES) * LANES,)),
+        P.DWP: aligned((blocks, I, lay.x_gates * lay.width), zero=True),
+        P.DRP: aligned((blocks, H, lay.h_gates * lay.width), zero=True),
+        P.DBP: aligned((blocks, lay.pre, lay.width), zero=True),
+        P.DKERNEL: np.empty((I, len(cell.gates) * H), np.float32),
+        P.DRECURRENT: np.empty((H, len(cell.gates) * H), np.float32),
+        P.DPARAMS: aligned((len(cell.params), B, HP), zero=True),
+    }
+    if need_dx:
+        new[P.WT] = aligned((lay.x_gates * HP * -(-I // LANES) * LANES,))
+        new[P.DX] = np.empty((T, B, I), np.float32)
+    if dh is not None:
+        if dh.shape != (T, B, H):
+            raise ValueError(f"dh: expected shape {(T, B, H)}, got {dh.shape}")
+        if dh.dtype != np.float32 or (H > 1 and dh.strides[2] != 4):
+            dh = np.ascontiguousarray(dh, np.float32)
+        new[P.DY] = dh
+        plan[P.DY_T], plan[P.DY_B] = dh.strides[:2]
+    _point(plan, new)
+    a[P.FLAGS][:] = 0
+    threads.run(backward_kernel(cell), plan.ctypes.data, shards)
+    bias = None
+    if P.BIAS in a:
+        rows = new[P.DBP].transpose(1, 0, 2).reshape(lay.pre, HP)[: lay.x_gates, :H]
+        bias = np.empty((len(cell.gates), H), np.float32)
+        bias[a[P.X_COLUMN]] = rows
+        bias = bias.reshape(-1)
+    return Gradients(
+        x=new.get(P.DX),
+        kernel=new[P.DKERNEL],
+        recurrent_kernel=new[P.DRECURRENT],
+        bias=bias,
+        params=tuple(new[P.DPARAMS].sum(1)[:, :H]),
+        state=tuple(ds[:, :, :H]),
+    )

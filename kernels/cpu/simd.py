@@ -1,0 +1,224 @@
+"""The LLVM level: a float vector type with operators, loads and stores by address, and the kernels' compiler options.
+
+`vec` is LANES float32 values in one register. Memory is addressed by int64 byte addresses, so that kernels have few and
+uniform argument types (half of Numba's compile time is type inference). Emitted cell equations run on `vec` unchanged.
+
+Flags: `contract nsz arcp` and nothing else. The full `fast` set would break exp's range reduction and assume that no NaN
+occurs; here NaN and infinity travel.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from .isa import LANES
+
+FLAGS = ("contract", "nsz", "arcp")  # the only place where floating-point flags are named
+JIT_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FLAGS), "boundscheck": False}
+
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, VECTOR_INT = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+VECTOR_BYTES = LANES * 4
+
+
+def _vector_type(name: str, llvm_type: ir.Type) -> types.Type:
+    class Vector(types.Type):
+        def __init__(self) -> None:
+            super().__init__(name=name)
+
+    @register_model(Vector)
+    class Model(models.PrimitiveModel):
+        def __init__(self, manager: Any, numba_type: Any) -> None:
+            super().__init__(manager, numba_type, llvm_type)
+
+    return Vector()
+
+
+vec = _vector_type(f"numlstm_f32x{LANES}", VECTOR)
+mask = _vector_type(f"numlstm_m1x{LANES}", ir.VectorType(ir.IntType(1), LANES))
+
+_CODES = {"v": vec, "m": mask, "i": types.int64, "f": types.float32, "d": types.float64, "0": types.void}
+
+
+def operation(spec: str) -> Callable[[Callable[..., Any]], Any]:
+    """Turn a function that builds LLVM IR into a Numba function of the type `spec`, as in "v(iv)": result, then arguments.
+
+    v vector, m mask, i int64, f float32, d float64, 0 nothing.
+    """
+    result, arguments = _CODES[spec[0]], [_CODES[c] for c in spec[2:-1]]
+    sig = result(*arguments)
+
+    def decorate(build: Callable[..., Any]) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            value = build(builder, *args)
+            return context.get_dummy_value() if spec[0] == "0" else value
+
+        names = "".join(f", a{k}" for k in range(len(arguments)))  # Numba reads the arity off the signature
+        scope = {"sig": sig, "generate": generate}
+        exec(f"def typer(context{names}):\n    return sig, generate", scope)
+        return intrinsic(scope["typer"])
+
+    return decorate
+
+
+def const(x: float) -> ir.Constant:
+    """A vector of one value, rounded to float32."""
+    import numpy as np
+
+    return ir.Constant(VECTOR, [float(np.float32(x))] * LANES)
+
+
+def int_const(x: int) -> ir.Constant:
+    return ir.Constant(VECTOR_INT, [x] * LANES)
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
+    """A call of the LLVM intrinsic or C function `name`."""
+    function_type = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), args)
+
+
+def vector_call(b: ir.IRBuilder, name: str, *args: Any) -> Any:
+    """A call of the LLVM intrinsic `name` in its vector form."""
+    return call(b, f"llvm.{name}.v{LANES}f32", VECTOR, *args)
+
+
+def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    return vector_call(b, "fma", x, y, z)
+
+
+def broadcast(b: ir.IRBuilder, scalar: Any, kind: ir.VectorType = VECTOR) -> Any:
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(VECTOR_INT, [0] * LANES))
+
+
+def pointer(b: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def lanes_below(b: ir.IRBuilder, n: Any) -> Any:
+    """The mask of the lanes whose index is below n."""
+    indices = ir.Constant(VECTOR_INT, list(range(LANES)))
+    return b.icmp_signed("<", indices, broadcast(b, b.trunc(n, I32), VECTOR_INT))
+
+
+def _operator(op: Any, result: types.Type, build: Callable[..., Any], arity: int = 2) -> None:
+    @infer_global(op)
+    class Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == arity and all(a is vec for a in args):
+                return signature(result, *args)
+            return None
+
+    lower_builtin(op, *[vec] * arity)(lambda context, b, sig, args: build(b, *args))
+
+
+_operator(operator.add, vec, lambda b, x, y: b.fadd(x, y, flags=FLAGS))
+_operator(operator.sub, vec, lambda b, x, y: b.fsub(x, y, flags=FLAGS))
+_operator(operator.mul, vec, lambda b, x, y: b.fmul(x, y, flags=FLAGS))
+_operator(operator.truediv, vec, lambda b, x, y: b.fdiv(x, y, flags=FLAGS))
+_operator(operator.neg, vec, lambda b, x: b.fneg(x, flags=FLAGS), 1)
+_operator(operator.lt, mask, lambda b, x, y: b.fcmp_ordered("<", x, y))
+_operator(operator.le, mask, lambda b, x, y: b.fcmp_ordered("<=", x, y))
+_operator(operator.gt, mask, lambda b, x, y: b.fcmp_ordered(">", x, y))
+
+
+@operation("v(i)")
+def load(b, address):
+    return b.load(pointer(b, address, VECTOR), align=4)
+
+
+@operation("0(iv)")
+def store(b, address, value):
+    b.store(value, pointer(b, address, VECTOR), align=4)
+
+
+@operation("v(ii)")
+def load_n(b, address, n):
+    """The first n floats at `address` (n may exceed the lanes); the other lanes are 0 and their memory is not touched."""
+    zero = const(0.0)
+    return call(b, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer(b, address, VECTOR), I32(4), lanes_below(b, n), zero)
+
+
+@operation("0(ivi)")
+def store_n(b, address, value, n):
+    """Store the first n lanes."""
+    void = ir.VoidType()
+    call(b, f"llvm.masked.store.v{LANES}f32.p0", void, value, pointer(b, address, VECTOR), I32(4), lanes_below(b, n))
+
+
+@operation("v(vi)")
+def keep_n(b, value, n):
+    """`value` with zeros from lane n on, whatever stood there."""
+    return b.select(lanes_below(b, n), value, const(0.0))
+
+
+@operation("v(d)")
+def K(b, x):
+    """A constant of emitted equations: every float64 literal passes here, so no double arithmetic creeps in."""
+    return broadcast(b, b.fptrunc(x, F32))
+
+
+@operation("v(f)")
+def splat(b, x):
+    return broadcast(b, x)
+
+
+@operation("v(mvv)")
+def where(b, c, x, y):
+    return b.select(c, x, y)
+
+
+@operation("f(i)")
+def load_scalar(b, address):
+    return b.load(pointer(b, address, F32), align=4)
+
+
+@operation("0(if)")
+def store_scalar(b, address, value):
+    b.store(value, pointer(b, address, F32), align=4)
+
+
+@operation("i(i)")
+def load_int(b, address):
+    return b.load(pointer(b, address, I64), align=8)
+
+
+@operation("i(i)")
+def load_byte(b, address):
+    return b.zext(b.load(pointer(b, address, I8), align=1), I64)
+
+
+@operation("0(ii)")
+def zero_bytes(b, address, n):
+    false = ir.Constant(ir.IntType(1), 0)
+    call(b, "llvm.memset.p0.i64", ir.VoidType(), pointer(b, address, I8), I8(0), n, false)
+
+
+@operation("f(v)")
+def horizontal_sum(b, x):
+    """The sum of the lanes, in one fixed order (pairs), so that it has the same bits everywhere."""
+    step = LANES // 2
+    while step:
+        order = [(k + step) % LANES for k in range(LANES)]
+        x = b.fadd(x, b.shuffle_vector(x, x, ir.Constant(VECTOR_INT, order)))
+        step //= 2
+    return b.extract_element(x, I32(0))
+
+
+@operation("f(v)")
+def horizontal_max(b, x):
+    step = LANES // 2
+    while step:
+        order = [(k + step) % LANES for k in range(LANES)]
+        x = vector_call(b, "maximum", x, b.shuffle_vector(x, x, ir.Constant(VECTOR_INT, order)))
+        step //= 2
+    return b.extract_element(x, I32(0))

@@ -1,0 +1,172 @@
+"""The threads that kernels run on: one gang of long-lived Python threads, one dispatch a sequence, a barrier inside.
+
+A kernel is called as kernel(plan, shard, shards) with the GIL released, once on each of `shards` threads, the caller's
+included. Kernels that meet at barriers need all their shards running at once, so only one gang works at a time (a lock);
+a kernel with a single shard needs no gang and no lock, so that servers may call from many threads. After a fork the child
+builds its own gang.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from llvmlite import ir
+
+from . import isa
+from .simd import I32, I64, call, operation, pointer
+
+__all__ = ["barrier", "get_num_threads", "run", "set_num_threads"]
+
+SPINS = 200  # pauses before a waiting shard offers its core to others
+FLAG_BYTES = 64  # one cache line a shard
+
+
+def _default_threads() -> int:
+    given = os.environ.get("NUMLSTM_NUM_THREADS")
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdigit() or int(given) < 1:
+        raise ValueError(f"NUMLSTM_NUM_THREADS is {given!r}; expected a whole number of threads, 1 or more")
+    return int(given)
+
+
+_num_threads = _default_threads()
+
+
+def get_num_threads() -> int:
+    """How many threads a kernel may use."""
+    return _num_threads
+
+
+def set_num_threads(n: int) -> None:
+    """Let kernels use up to `n` threads; results do not depend on it, bit for bit.
+
+    Raises:
+        ValueError: n is not a whole number of at least 1.
+
+    >>> before = get_num_threads()
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(before)
+    """
+    global _num_threads
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"number of threads: expected a whole number of at least 1, got {n!r}")
+    _num_threads = n
+
+
+class _Worker:
+    """A thread that runs what it is handed and reports when it is done."""
+
+    def __init__(self) -> None:
+        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.outbox: SimpleQueue[BaseException | None] = SimpleQueue()
+        threading.Thread(target=self._loop, name="numlstm", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            job = self.inbox.get()
+            try:
+                job()
+                self.outbox.put(None)
+            except BaseException as error:  # handed to the caller, who raises it
+                self.outbox.put(error)
+
+
+class _Gang:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.workers: list[_Worker] = []
+
+    def run(self, kernel: Callable[[int, int, int], None], plan: int, shards: int) -> None:
+        with self.lock:
+            while len(self.workers) < shards - 1:
+                self.workers.append(_Worker())
+            team = self.workers[: shards - 1]
+            for k, worker in enumerate(team, 1):
+                worker.inbox.put(lambda k=k: kernel(plan, k, shards))
+            errors: list[BaseException] = []
+            try:
+                kernel(plan, 0, shards)
+            finally:
+                for worker in team:
+                    _collect(worker, errors)
+        if errors:
+            raise errors[0]
+
+
+def _collect(worker: _Worker, errors: list[BaseException]) -> None:
+    """Wait for a worker, whatever happens: the arrays must outlive every shard, also when Ctrl-C arrives here."""
+    while True:
+        try:
+            error = worker.outbox.get()
+        except KeyboardInterrupt as interrupt:
+            errors.append(interrupt)
+            continue
+        if error is not None:
+            errors.append(error)
+        return
+
+
+_gang = _Gang()
+
+
+def run(kernel: Callable[[int, int, int], None], plan: int, shards: int) -> None:
+    """Call kernel(plan, shard, shards) for each shard, at the same time, and return when all are done."""
+    if shards == 1:
+        kernel(plan, 0, 1)
+    else:
+        _gang.run(kernel, plan, shards)
+
+
+def _new_gang() -> None:
+    global _gang
+    _gang = _Gang()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_gang)
+
+
+@operation("0(iiii)")
+def barrier(b, flags, shard, shards, step):
+    """Wait until all shards have come to `step` (which counts up); flags: one zeroed cache line a shard."""
+    address = lambda k: pointer(b, b.add(flags, b.mul(k, I64(FLAG_BYTES))), I64)
+    announce, outer, spin, wait, pause, give_way, following, done = (b.append_basic_block() for _ in range(8))
+    b.cbranch(b.icmp_signed(">", shards, I64(1)), announce, done)
+    b.position_at_end(announce)
+    b.store_atomic(step, address(shard), "release", 8)
+    b.branch(outer)
+    b.position_at_end(outer)
+    other = b.phi(I64)
+    other.add_incoming(I64(0), announce)
+    b.branch(spin)
+    b.position_at_end(spin)
+    count = b.phi(I64)
+    count.add_incoming(I64(0), outer)
+    arrived = b.icmp_signed(">=", b.load_atomic(address(other), "acquire", 8), step)
+    b.cbranch(arrived, following, wait)
+    b.position_at_end(wait)
+    next_count = b.add(count, I64(1))
+    b.cbranch(b.icmp_signed("<", next_count, I64(SPINS)), pause, give_way)
+    b.position_at_end(pause)
+    if isa.IS_X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType())
+    count.add_incoming(next_count, pause)
+    b.branch(spin)
+    b.position_at_end(give_way)
+    if os.name == "posix":
+        call(b, "sched_yield", I32)
+    else:
+        call(b, "SwitchToThread", I32)
+    count.add_incoming(next_count, give_way)
+    b.branch(spin)
+    b.position_at_end(following)
+    next_other = b.add(other, I64(1))
+    other.add_incoming(next_other, following)
+    b.cbranch(b.icmp_signed("<", next_other, shards), outer, done)
+    b.position_at_end(done)
