@@ -1,6 +1,7 @@
-"""Everything around the recurrent sequence in plain NumPy, for any float dtype: losses, normalisation, random masks, updates.
+"""Everything around the recurrent sequence in plain NumPy, for any float dtype: losses, normalisation, random
+masks, optimizers' updates.
 
-The oracle for the fused versions in cpu/pointwise.py, and what serves where those do not. Rows are (M, F) arrays.
+The oracle for the fused versions in cpu/pointwise.py, and what serves where those do not. Rows are (M, F).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def embedding(table: Array, ids: Array) -> Array:
 
 
 def embedding_gradient(ids: Array, dy: Array, rows: int) -> Array:
-    """The sum, for each of `rows` table rows, of the gradients `dy` (M, E) of the places `ids` (M,) that took it.
+    """For each of `rows` table rows, the sum of the gradients `dy` (M, E) of the places `ids` (M,) that took
+    it.
 
     Sorted by row and summed in runs, always in the order of the places: the same bits every time.
     """
@@ -69,9 +71,10 @@ def sigmoid(x: Array) -> Array:
 
 # Cody 1969, "Rational Chebyshev approximations for the error function": three intervals, highest power first.
 _ERF_SMALL = (
-    (1.85777706184603153e-1, 3.16112374387056560, 1.13864154151050156e2, 3.77485237685302021e2, 3.20937758913846947e3),
+    (1.85777706184603153e-1, 3.16112374387056560, 1.13864154151050156e2, 3.77485237685302021e2,
+     3.20937758913846947e3),
     (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3),
-)
+)  # fmt: skip
 _ERFC_MIDDLE = (
     (2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594, 6.61191906371416295e1,
      2.98635138197400131e2, 8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3,
@@ -91,7 +94,7 @@ def erf(x: Array) -> Array:
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Losses (M,) of `logits` (M, V) against integer `labels` (M,), and their gradient (M, V): probabilities minus one-hot."""
+    """Losses (M,) of `logits` (M, V) against integer `labels` (M,), and their gradient (M, V)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     d = np.exp(shifted)
     total = d.sum(axis=1, keepdims=True)
@@ -106,7 +109,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def layer_norm(x: Array, gamma: Array | None, beta: Array | None, eps: float) -> tuple[Array, Any]:
-    """Rows of `x` (M, F) with mean 0 and variance 1, times gamma (F,) plus beta (F,); and what the gradient needs."""
+    """Rows of `x` (M, F) to mean 0 and variance 1, times gamma (F,) plus beta (F,); what the gradient
+    needs."""
     centred = x - x.mean(axis=1, keepdims=True)
     inverse = 1 / np.sqrt(np.mean(centred * centred, axis=1, keepdims=True) + x.dtype.type(eps))
     normal = centred * inverse
@@ -119,19 +123,19 @@ def layer_norm_gradient(residual: Any, dy: Array) -> tuple[Array, Array, Array]:
     normal, inverse, gamma = residual
     dgamma, dbeta = (dy * normal).sum(axis=0), dy.sum(axis=0)
     d = dy if gamma is None else dy * gamma
-    # Both statistics of a row depend on all of it: take out what moves the mean and what scales the deviation.
+    # Both statistics depend on the whole row: take out what moves its mean and what scales its deviation.
     dx = d - d.mean(axis=1, keepdims=True) - normal * np.mean(d * normal, axis=1, keepdims=True)
     return dx * inverse, dgamma, dbeta
 
 
-# Random masks: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox4x32-10
+# Random masks: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3")
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85  # the golden ratio, and sqrt(3) - 1
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+def philox4x32(counter: tuple[Array, ...], key: tuple[int, int]) -> tuple[Array, ...]:
     """Four random words for each counter of four 32-bit words, held in uint64 arrays, under a key of two.
 
     >>> words = philox4x32(tuple(np.zeros(1, np.uint64) for _ in range(4)), (0, 0))
@@ -150,11 +154,13 @@ def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, stream: int, dtype: Any = np.float32) -> Array:
+def dropout_mask(
+    shape: tuple[int, ...], rate: float, seed: int, stream: int, dtype: Any = np.float32
+) -> Array:
     """A mask of 0 (with probability `rate`) or 1 / (1 - rate), fixed by (seed, stream, place) alone.
 
-    Element i, counted in C order, is word i % 4 of Philox at counter (i // 4, stream) and key `seed`, each of 64 bits,
-    low word first; it is 0 where that word is below rate * 2**32.
+    Element i, counted in C order, is word i % 4 of Philox at counter (i // 4, stream) and key `seed`, each of
+    64 bits, low word first; it is 0 where that word is below rate * 2**32.
     """
     size = int(np.prod(shape, dtype=np.int64))
     block = np.arange((size + 3) // 4, dtype=np.uint64)
@@ -165,11 +171,11 @@ def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, stream: int, dt
     return (keep * np.dtype(dtype).type(1 / (1 - rate))).astype(dtype, copy=False).reshape(shape)
 
 
-# Optimizers' updates, in place. Keras' formulas: the step's bias corrections are in `lr_t`, eps is outside the root
+# Optimizers' updates, in place, by Keras' formulas: `lr_t` holds bias corrections, eps is outside the root
 
 
 def sgd_update(w: Array, g: Array, v: Array | None, lr: float, momentum: float, nesterov: bool) -> None:
-    """w -= lr g; with momentum v = momentum v - lr g, w += v, looking ahead if `nesterov` (Sutskever et al. 2013)."""
+    """w -= lr g; with momentum, v = momentum v - lr g and w += v; `nesterov`: Sutskever et al. 2013."""
     if v is None:
         w -= lr * g
         return
@@ -182,7 +188,8 @@ def rmsprop_update(
     w: Array, g: Array, ms: Array, mg: Array | None, mom: Array | None,
     lr: float, rho: float, momentum: float, eps: float,
 ) -> None:  # fmt: skip
-    """Divide by a running root mean square `ms` (Tieleman and Hinton 2012), centred by `mg`, with momentum in `mom`."""
+    """Divide by the running root mean square `ms` (Tieleman and Hinton 2012), centred by `mg`; momentum
+    `mom`."""
     ms *= rho
     ms += (1 - rho) * (g * g)
     variance = ms
@@ -202,7 +209,8 @@ def adam_update(
     w: Array, g: Array, m: Array, v: Array, vhat: Array | None,
     lr_t: float, beta1: float, beta2: float, eps: float, weight_decay_times_lr: float,
 ) -> None:  # fmt: skip
-    """Kingma and Ba 2015, the form before section 2.1; `vhat` makes it AMSGrad, the decay AdamW (Loshchilov, Hutter 2019)."""
+    """Kingma and Ba 2015, the form before section 2.1; `vhat` for AMSGrad, decay for AdamW (Loshchilov
+    2019)."""
     if weight_decay_times_lr:
         w -= weight_decay_times_lr * w
     m += (1 - beta1) * (g - m)

@@ -19,14 +19,13 @@ batch is small, the units, with a barrier a step. Every sum has one fixed order,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numba.extending import register_jitable
 
 from ..derive import Cell
@@ -36,6 +35,7 @@ from . import threads
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import Windows, fused_family, plain_families, tile1, tile2
+from .plan import SIGNATURE, get, make_plan, point, share
 from .simd import (
     JIT_OPTIONS,
     VECTOR_BYTES,
@@ -52,6 +52,7 @@ from .simd import (
     zero_bytes,
 )
 from .threads import barrier
+from .workspace import aligned
 
 __all__ = ["backward", "forward"]
 
@@ -254,22 +255,11 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
 
 
 @njit(inline="always", **JIT_OPTIONS)
-def get(p, place):
-    return load_int(p + 8 * place)
-
-
-@njit(inline="always", **JIT_OPTIONS)
 def tile_rows(left):
     """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
     if left >= 2 * TILE_ROWS or left == TILE_ROWS:
         return TILE_ROWS
     return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
-
-
-@njit(inline="always", **JIT_OPTIONS)
-def share(total, shard, shards):
-    """First and one past the last of this shard's part of range(total)."""
-    return total * shard // shards, total * (shard + 1) // shards
 
 
 @njit(**JIT_OPTIONS)
@@ -478,9 +468,6 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
     return forward, backward
 
 
-SIGNATURE = types.void(types.int64, types.int64, types.int64)
-
-
 @cache
 def _functions(cell: Cell) -> tuple[str, Any, Any]:
     """Tile source and the two driver functions, not yet compiled."""
@@ -516,14 +503,6 @@ def _tables(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.array([column[g] for g in cell.x_gates], np.int64),
         np.array([column[g] for g in cell.h_gates], np.int64),
     )
-
-
-def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
-    """A float32 array that starts on a cache line (NumPy promises 16 bytes): a load that straddles two lines costs two."""
-    n = math.prod(shape) * 4
-    raw = (np.zeros if zero else np.empty)(n + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + n].view(np.float32).reshape(shape)
 
 
 def _split(lay: Layout, T: int, B: int, I: int, H: int) -> tuple[int, bool]:
@@ -599,7 +578,7 @@ def forward(
         P.BP: aligned((blocks, lay.pre, lay.width), zero=True),
         P.STATE_H: aligned((T + 1, B, HP)),
         P.STATES: aligned((S - 1, slots, B, HP)),
-        P.FLAGS: np.zeros(shards * threads.FLAG_BYTES // 8, np.int64),
+        P.FLAGS: aligned((shards, threads.FLAG_BYTES // 4), zero=True),
         P.SCRATCH: aligned((shards, TILE_ROWS, max(lay.pre * lay.width, TILE_COLUMNS * LANES))),
         P.ZEROS: aligned((TILE_COLUMNS * LANES,), zero=True),
         P.PARAMS: aligned((len(params), HP), zero=True),
@@ -623,14 +602,11 @@ def forward(
     if training:
         a[P.GATES] = aligned((blocks, T * B, lay.pre * lay.width))
         a[P.EXTRA] = aligned((blocks, T * B, lay.extra * lay.width))
-    plan = np.zeros(len(P), np.int64)
     sizes = {
         P.T: T, P.B: B, P.I: I, P.H: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: units, P.TRAINING: training,
         P.STATE_SLOT: slots * B * HP * 4, P.STATE_STEP: B * HP * 4 if training else 0,
     }  # fmt: skip
-    for place, value in sizes.items():
-        plan[place] = value
-    _point(plan, a)
+    plan = make_plan(P, sizes, a)
     threads.run(forward_kernel(cell), plan.ctypes.data, shards)
     hs, cs = a[P.STATE_H], a[P.STATES]
     final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
@@ -638,11 +614,6 @@ def forward(
         return Forward(hs[1:, :, :H], final, None, None)
     states = tuple(cs[k, 1:, :, :H] for k in range(S - 1))
     return Forward(hs[1:, :, :H], final, states, Residual(cell, plan, a, params, (T, B, I, H, HP, blocks, shards)))
-
-
-def _point(plan: np.ndarray, arrays: dict[P, np.ndarray]) -> None:
-    for place, array in arrays.items():
-        plan[place] = array.ctypes.data
 
 
 def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
@@ -667,13 +638,13 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
         P.DWP: aligned((blocks, I, lay.x_gates * lay.width), zero=True),
         P.DRP: aligned((blocks, H, lay.h_gates * lay.width), zero=True),
         P.DBP: aligned((blocks, lay.pre, lay.width), zero=True),
-        P.DKERNEL: np.empty((I, len(cell.gates) * H), np.float32),
-        P.DRECURRENT: np.empty((H, len(cell.gates) * H), np.float32),
+        P.DKERNEL: aligned((I, len(cell.gates) * H)),
+        P.DRECURRENT: aligned((H, len(cell.gates) * H)),
         P.DPARAMS: aligned((len(cell.params), B, HP), zero=True),
     }
     if need_dx:
         new[P.WT] = aligned((lay.x_gates * HP * -(-I // LANES) * LANES,))
-        new[P.DX] = np.empty((T, B, I), np.float32)
+        new[P.DX] = aligned((T, B, I))
     if dh is not None:
         if dh.shape != (T, B, H):
             raise ValueError(f"dh: expected shape {(T, B, H)}, got {dh.shape}")
@@ -681,7 +652,7 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
             dh = np.ascontiguousarray(dh, np.float32)
         new[P.DY] = dh
         plan[P.DY_T], plan[P.DY_B] = dh.strides[:2]
-    _point(plan, new)
+    point(plan, new)
     a[P.FLAGS][:] = 0
     threads.run(backward_kernel(cell), plan.ctypes.data, shards)
     bias = None

@@ -148,6 +148,12 @@ def load_n(b, address, n):
     return call(b, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer(b, address, VECTOR), I32(4), lanes_below(b, n), zero)
 
 
+@operation("v(iiv)")
+def load_n_else(b, address, n, other):
+    """The first n floats at `address`; the other lanes from `other`."""
+    return call(b, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer(b, address, VECTOR), I32(4), lanes_below(b, n), other)
+
+
 @operation("0(ivi)")
 def store_n(b, address, value, n):
     """Store the first n lanes."""

@@ -1,0 +1,47 @@
+"""What kernels share: reading the plan, dividing work, and the aligned plan itself.
+
+A kernel's only data argument is the address of an int64 array, its plan: addresses, sizes and strides, whose places an
+IntEnum names. One argument of one type compiles fast and costs nothing to pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from .simd import JIT_OPTIONS, load_int
+
+__all__ = ["SIGNATURE", "get", "make_plan", "point", "share"]
+
+SIGNATURE = types.void(types.int64, types.int64, types.int64)  # kernel(plan, shard, shards)
+
+
+@njit(inline="always", **JIT_OPTIONS)
+def get(p, place):
+    """The plan's value at `place`."""
+    return load_int(p + 8 * place)
+
+
+@njit(inline="always", **JIT_OPTIONS)
+def share(total, shard, shards):
+    """First and one past the last of this shard's part of range(total)."""
+    return total * shard // shards, total * (shard + 1) // shards
+
+
+def make_plan(places: type[IntEnum], sizes: Mapping[Any, int], arrays: Mapping[Any, np.ndarray]) -> np.ndarray:
+    """A plan with `sizes` and the addresses of `arrays`; what neither names is 0."""
+    plan = np.zeros(len(places), np.int64)
+    for place, value in sizes.items():
+        plan[place] = value
+    point(plan, arrays)
+    return plan
+
+
+def point(plan: np.ndarray, arrays: Mapping[Any, np.ndarray]) -> None:
+    """Write the addresses of `arrays` at their places; the caller keeps the arrays alive."""
+    for place, array in arrays.items():
+        plan[place] = array.ctypes.data
