@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -374,10 +375,17 @@ class Cell:
         for p in inspect.signature(function).parameters.values():
             if p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
                 raise TraceError(f"cell {self.name}: its arguments are matched by name, so *{p.name} can't be used")
+        reserved = [n for n in inspect.signature(function).parameters if n in LANGUAGE or self._emitted_name(n)]
+        if reserved:
+            raise TraceError(f"cell {self.name}: the argument names {reserved} are used by the emitted code: rename them")
         unknown = [g for g in self.split if g not in self.gates]
         if unknown:
             raise TraceError(f"cell {self.name}: split names {unknown}, but the gates are {self.gates}")
         return list(inspect.signature(function).parameters)
+
+    def _emitted_name(self, name: str) -> bool:
+        """Whether emitted code may use `name` for something of its own: v0, y0, d_h, a new state's h1, K."""
+        return name == "K" or bool(re.fullmatch(r"[vy]\d+|d_.*", name)) or name in {s + "1" for s in self.state}
 
     def _trace(self, function: Callable[..., Any], arguments: list[str]) -> None:
         graph = Graph()

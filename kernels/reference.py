@@ -142,7 +142,7 @@ def backward(residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, n
             columns = slice(k * H, (k + 1) * H)
             dx_gates[t][:, columns] = pre[g + "_x" if g in cell.split else g]
             dh_gates[t][:, columns] = pre[g + "_h" if g in cell.split else g]
-        ds = [np.array(v) for v in out[len(cell.pre) : len(cell.pre) + len(cell.state)]]
+        ds = [np.array(v, r.dtype) for v in out[len(cell.pre) : len(cell.pre) + len(cell.state)]]
         ds[0] = ds[0] + dh_gates[t] @ r.recurrent_kernel.T
         for d, v in zip(dparams, out[len(cell.pre) + len(cell.state) :], strict=True):
             d += v.sum(0)

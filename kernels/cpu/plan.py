@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from .simd import JIT_OPTIONS, load_int
+from .simd import I64, JIT_OPTIONS, operation, pointer
 
 __all__ = ["SIGNATURE", "get", "make_plan", "point", "share"]
 
 SIGNATURE = types.void(types.int64, types.int64, types.int64)  # kernel(plan, shard, shards)
 
 
-@njit(inline="always", **JIT_OPTIONS)
-def get(p, place):
+@operation("i(ii)")
+def get(b, plan, place):
     """The plan's value at `place`."""
-    return load_int(p + 8 * place)
+    return b.load(pointer(b, b.add(plan, b.mul(place, I64(8))), I64), align=8)
 
 
-@njit(inline="always", **JIT_OPTIONS)
+@njit(**JIT_OPTIONS)
 def share(total, shard, shards):
     """First and one past the last of this shard's part of range(total)."""
     return total * shard // shards, total * (shard + 1) // shards

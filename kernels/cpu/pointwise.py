@@ -186,12 +186,12 @@ class Slots(IntEnum):
     NESTEROV = auto()
 
 
-@njit(inline="always", **JIT_OPTIONS)
+@njit(**JIT_OPTIONS)
 def _setting(p, k):
     return splat(load_scalar(get(p, Slots.SETTINGS) + 4 * k))
 
 
-@njit(inline="always", **JIT_OPTIONS)
+@njit(**JIT_OPTIONS)
 def _part(p, shard, shards):
     """This shard's elements: whole vectors, so that no two threads write one."""
     size = get(p, Slots.SIZE)

@@ -19,6 +19,7 @@ batch is small, the units, with a barrier a step. Every sum has one fixed order,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from functools import cache
@@ -26,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from numba.extending import register_jitable
 
 from ..derive import Cell
 from ..sequence import Forward, Gradients
@@ -35,7 +35,7 @@ from . import threads
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import Windows, fused_family, plain_families, tile1, tile2
-from .plan import SIGNATURE, get, make_plan, point, share
+from .plan import SIGNATURE, get, share
 from .simd import (
     JIT_OPTIONS,
     VECTOR_BYTES,
@@ -52,12 +52,12 @@ from .simd import (
     zero_bytes,
 )
 from .threads import barrier
-from .workspace import aligned
+from .workspace import aligned, carve
 
 __all__ = ["backward", "forward"]
 
 # The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
-ONE_THREAD_BELOW = 5e6  # floating-point operations of the whole pass
+ONE_THREAD_BELOW = 2e7  # floating-point operations of a forward pass; a second thread costs about 45 us to start
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
 GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
@@ -109,7 +109,6 @@ class P(IntEnum):
     DBP = auto()
     DKERNEL = auto()
     DRECURRENT = auto()
-    DBIAS = auto()  # 0: none
     DPARAMS = auto()  # [param][B][HP]
 
 
@@ -148,14 +147,22 @@ class Layout:
 def tile_source(cell: Cell) -> str:
     """The text of a cell's two tile functions: its emitted equations between loads and stores."""
     lay = Layout.of(cell)
-    return "\n".join(
-        (cell.forward_source, cell.backward_source, _forward_tile(cell, lay), _backward_tile(cell, lay))
-    )
+    return _forward_tile(cell, lay) + "\n" + _backward_tile(cell, lay)
 
 
-def _names(prefix: str, names: Any) -> str:
-    """`_a, _b,`: prefixed, so that a cell's names can't meet the loop's."""
-    return "".join(f"{prefix}{n}, " for n in names)
+def _inline(source: str, arguments: tuple[str, ...], results: list[str], indent: str) -> list[str]:
+    """The body of an emitted function as statements that assign its results, all names prefixed by `_`, so that a cell's
+    names can't meet the loop's. (Calling the function instead costs Numba a second of inlining.)"""
+
+    def prefixed(match: re.Match[str]) -> str:
+        name = match[0]
+        return "_" + name if name in arguments or re.fullmatch(r"v\d+", name) else name
+
+    body = [re.sub(r"\b[A-Za-z_]\w*", prefixed, line.strip()) for line in source.splitlines()[1:]]
+    *statements, result = body
+    targets = "".join(f"_{r}, " for r in results)
+    values = result.removeprefix("return ").removesuffix(",") + ","
+    return [*(indent + line for line in statements), f"{indent}{targets}= {values}"]
 
 
 def _forward_tile(cell: Cell, lay: Layout) -> str:
@@ -181,7 +188,7 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
             o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
     o += [f"{indent}_{n} = load(w + {k} * hp4 + q)" for k, n in enumerate(cell.params)]
     results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
-    o.append(f"{indent}{_names('_', results)} = forward({_names('_', cell.forward_args)})".replace(",  =", ", ="))
+    o += _inline(cell.forward_source, cell.forward_args, results, indent)
     o += [f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)" for k, s in enumerate(cell.state)]
     if cell.saved:
         o.append(f"{indent}if training != 0:")
@@ -239,7 +246,7 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
             extra = f"e0 + (block * TB + r + m) * {lay.extra * wb} + sub + {(k - lay.pre) * wb}"
             o.append(f"{indent}_y{k} = load({extra})")
     results = [*(f"g_{n}" for n in cell.pre), *(f"s_{n}" for n in cell.state), *(f"p_{n}" for n in cell.params)]
-    o.append(f"{indent}{_names('_', results)} = backward({_names('_', cell.backward_args)})".replace(",  =", ", ="))
+    o += _inline(cell.backward_source, cell.backward_args, results, indent)
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
     o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in cell.pre]
     for k, g in enumerate(cell.pre):
@@ -254,7 +261,7 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
     return "\n".join(o) + "\n"
 
 
-@njit(inline="always", **JIT_OPTIONS)
+@njit(**JIT_OPTIONS)
 def tile_rows(left):
     """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
     if left >= 2 * TILE_ROWS or left == TILE_ROWS:
@@ -474,8 +481,6 @@ def _functions(cell: Cell) -> tuple[str, Any, Any]:
     lay, source = Layout.of(cell), tile_source(cell)
     scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
     exec(compile(source, f"<cell {cell.name}>", "exec"), scope)
-    for name in ("forward", "backward"):
-        scope[name] = register_jitable(inline="always")(scope[name])
     tiles = [njit(**JIT_OPTIONS)(scope[name]) for name in ("forward_tile", "backward_tile")]
     return source, *_drivers(lay, *tiles)
 
@@ -528,8 +533,9 @@ def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
 class Residual:
     """What a forward pass keeps for its backward pass: its plan, and the arrays that the plan's addresses point into."""
 
-    def __init__(self, cell: Cell, plan: np.ndarray, arrays: dict[P, np.ndarray], params: Any, sizes: Any) -> None:
-        self.cell, self.plan, self.arrays, self.params, self.sizes = cell, plan, arrays, params, sizes
+    def __init__(self, **kept: Any) -> None:
+        self.used = False
+        self.__dict__.update(kept)
 
 
 def _float32(name: str, a: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -563,57 +569,68 @@ def forward(
     [0.7616, 0.7616, 0.7616]
     """
     (T, B, I), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
+    if min(T, B, I, H) < 1:
+        raise ValueError(f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}")
     lay = Layout.of(cell)
-    blocks = -(-H // lay.width)
-    HP, S = blocks * lay.width, len(cell.state)
+    W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
+    HP, slots = blocks * W, T + 1 if training else 1
     fused, x_column, h_column = _tables(cell)
     shards, units = _split(lay, T, B, I, H)
-    slots = T + 1 if training else 1
-    a: dict[P, np.ndarray] = {
-        P.X: _float32("x", x, (T, B, I)),
-        P.KERNEL: _float32("kernel", kernel, (I, G * H)),
-        P.RECURRENT: _float32("recurrent_kernel", recurrent_kernel, (H, G * H)),
-        P.WP: aligned((blocks, I, lay.x_gates * lay.width)),
-        P.RP: aligned((blocks, H, lay.h_gates * lay.width)),
-        P.BP: aligned((blocks, lay.pre, lay.width), zero=True),
-        P.STATE_H: aligned((T + 1, B, HP)),
-        P.STATES: aligned((S - 1, slots, B, HP)),
-        P.FLAGS: aligned((shards, threads.FLAG_BYTES // 4), zero=True),
-        P.SCRATCH: aligned((shards, TILE_ROWS, max(lay.pre * lay.width, TILE_COLUMNS * LANES))),
-        P.ZEROS: aligned((TILE_COLUMNS * LANES,), zero=True),
-        P.PARAMS: aligned((len(params), HP), zero=True),
-        P.X_COLUMN: x_column,
-        P.H_COLUMN: h_column,
-        P.FUSED: fused,
-        P.PLAIN: plain_families(),
+    x, kernel = _float32("x", x, (T, B, I)), _float32("kernel", kernel, (I, G * H))
+    recurrent_kernel = _float32("recurrent_kernel", recurrent_kernel, (H, G * H))
+    inputs = [x, kernel, recurrent_kernel]
+    plan = [0] * len(P)
+    zeroed = {
+        P.FLAGS: shards * threads.FLAG_BYTES // 4,
+        P.BP: blocks * lay.pre * W,
+        P.ZEROS: TILE_COLUMNS * LANES,
+        P.PARAMS: len(params) * HP,
     }
+    rest = {
+        P.SCRATCH: shards * TILE_ROWS * max(lay.pre * W, TILE_COLUMNS * LANES),
+        P.WP: blocks * I * lay.x_gates * W,
+        P.RP: blocks * H * lay.h_gates * W,
+        P.STATES: (S - 1) * slots * B * HP,
+    }
+    if training:
+        rest |= {P.GATES: blocks * T * B * lay.pre * W, P.EXTRA: blocks * T * B * lay.extra * W}
+    slab, at = carve(plan, zeroed, rest)
+    hs = aligned((T + 1, B, HP))
+    cs = slab[at[P.STATES] : at[P.STATES] + rest[P.STATES]].reshape(S - 1, slots, B, HP)
+    for k in range(S):
+        first = hs[0] if k == 0 else cs[k - 1, 0]
+        first[:, H:] = 0
+        first[:, :H] = 0 if state is None else _float32(f"state[{k}]", state[k], (B, H))
+    for k, param in enumerate(params):
+        start = at[P.PARAMS] + k * HP
+        slab[start : start + H] = _float32(f"params[{k}]", param, (H,))
+    plan[: P.UNITS_SPLIT + 1] = T, B, I, H, HP, blocks, units
+    plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = training, slots * B * HP * 4, B * HP * 4 * training
     if bias is not None:
-        a[P.BIAS] = _float32("bias", bias, (G * H,))
+        bias = _float32("bias", bias, (G * H,))
+        inputs.append(bias)
+        plan[P.BIAS] = bias.ctypes.data
     if valid is not None:
         if valid.shape != (T, B):
             raise ValueError(f"valid: expected shape {(T, B)}, got {valid.shape}")
-        a[P.VALID] = np.ascontiguousarray(valid, np.bool_)
-    for k, param in enumerate(params):
-        a[P.PARAMS][k, :H] = param
-    for k in range(S):
-        first = a[P.STATE_H][0] if k == 0 else a[P.STATES][k - 1, 0]
-        first[:, H:] = 0
-        first[:, :H] = 0 if state is None else state[k]
-    if training:
-        a[P.GATES] = aligned((blocks, T * B, lay.pre * lay.width))
-        a[P.EXTRA] = aligned((blocks, T * B, lay.extra * lay.width))
-    sizes = {
-        P.T: T, P.B: B, P.I: I, P.H: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: units, P.TRAINING: training,
-        P.STATE_SLOT: slots * B * HP * 4, P.STATE_STEP: B * HP * 4 if training else 0,
-    }  # fmt: skip
-    plan = make_plan(P, sizes, a)
-    threads.run(forward_kernel(cell), plan.ctypes.data, shards)
-    hs, cs = a[P.STATE_H], a[P.STATES]
+        valid = np.ascontiguousarray(valid, np.bool_)
+        inputs.append(valid)
+        plan[P.VALID] = valid.ctypes.data
+    for place, array in (
+        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FUSED, fused),
+        (P.PLAIN, plain_families()), (P.X_COLUMN, x_column), (P.H_COLUMN, h_column),
+    ):  # fmt: skip
+        plan[place] = array.ctypes.data
+    packed = np.array(plan, np.int64)
+    threads.run(forward_kernel(cell), packed.ctypes.data, shards)
     final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
     if not training:
         return Forward(hs[1:, :, :H], final, None, None)
-    states = tuple(cs[k, 1:, :, :H] for k in range(S - 1))
-    return Forward(hs[1:, :, :H], final, states, Residual(cell, plan, a, params, (T, B, I, H, HP, blocks, shards)))
+    residual = Residual(
+        cell=cell, plan=plan, inputs=inputs, slab=slab, hs=hs, flags=at[P.FLAGS], has_bias=bias is not None,
+        shape=(T, B, I, H, HP, blocks), shards=shards,
+    )  # fmt: skip
+    return Forward(hs[1:, :, :H], final, tuple(cs[k, 1:, :, :H] for k in range(S - 1)), residual)
 
 
 def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
@@ -622,50 +639,49 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
     Raises:
         ValueError: the residual has been used (its saved values have become gradients).
     """
-    if not residual.arrays:
+    if residual.used:
         raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
-    cell, plan, a, (T, B, I, H, HP, blocks, shards) = residual.cell, residual.plan, residual.arrays, residual.sizes
-    residual.arrays = {}
-    lay = Layout.of(cell)
-    ds = aligned((len(cell.state), B, HP), zero=True)
+    residual.used = True
+    cell, plan, (T, B, I, H, HP, blocks) = residual.cell, residual.plan, residual.shape
+    lay, S, G, NP = Layout.of(cell), len(cell.state), len(cell.gates), len(cell.params)
+    zeroed = {
+        P.DSTATE: S * B * HP,
+        P.DBP: blocks * lay.pre * lay.width,
+        P.DWP: blocks * I * lay.x_gates * lay.width,
+        P.DRP: blocks * H * lay.h_gates * lay.width,
+        P.DPARAMS: NP * B * HP,
+    }
+    rest = {P.D: 2 * B * lay.pre * HP, P.RT: lay.h_gates * HP * -(-H // LANES) * LANES}
+    if need_dx:
+        rest[P.WT] = lay.x_gates * HP * -(-I // LANES) * LANES
+    slab, at = carve(plan, zeroed, rest)
+    piece = lambda place, *shape: slab[at[place] : at[place] + zeroed[place]].reshape(shape)
+    ds = piece(P.DSTATE, S, B, HP)
     for k, d in enumerate(dfinal):
         if d is not None:
             ds[k, :, :H] = d
-    new: dict[P, np.ndarray] = {
-        P.DSTATE: ds,
-        P.D: aligned((2, B, lay.pre * HP)),
-        P.RT: aligned((lay.h_gates * HP * -(-H // LANES) * LANES,)),
-        P.DWP: aligned((blocks, I, lay.x_gates * lay.width), zero=True),
-        P.DRP: aligned((blocks, H, lay.h_gates * lay.width), zero=True),
-        P.DBP: aligned((blocks, lay.pre, lay.width), zero=True),
-        P.DKERNEL: aligned((I, len(cell.gates) * H)),
-        P.DRECURRENT: aligned((H, len(cell.gates) * H)),
-        P.DPARAMS: aligned((len(cell.params), B, HP), zero=True),
-    }
+    dkernel, drecurrent = aligned((I, G * H)), aligned((H, G * H))
+    plan[P.DKERNEL], plan[P.DRECURRENT] = dkernel.ctypes.data, drecurrent.ctypes.data
+    dx = None
     if need_dx:
-        new[P.WT] = aligned((lay.x_gates * HP * -(-I // LANES) * LANES,))
-        new[P.DX] = aligned((T, B, I))
+        dx = aligned((T, B, I))
+        plan[P.DX] = dx.ctypes.data
     if dh is not None:
         if dh.shape != (T, B, H):
             raise ValueError(f"dh: expected shape {(T, B, H)}, got {dh.shape}")
         if dh.dtype != np.float32 or (H > 1 and dh.strides[2] != 4):
             dh = np.ascontiguousarray(dh, np.float32)
-        new[P.DY] = dh
-        plan[P.DY_T], plan[P.DY_B] = dh.strides[:2]
-    point(plan, new)
-    a[P.FLAGS][:] = 0
-    threads.run(backward_kernel(cell), plan.ctypes.data, shards)
-    bias = None
-    if P.BIAS in a:
-        rows = new[P.DBP].transpose(1, 0, 2).reshape(lay.pre, HP)[: lay.x_gates, :H]
-        bias = np.empty((len(cell.gates), H), np.float32)
-        bias[a[P.X_COLUMN]] = rows
-        bias = bias.reshape(-1)
-    return Gradients(
-        x=new.get(P.DX),
-        kernel=new[P.DKERNEL],
-        recurrent_kernel=new[P.DRECURRENT],
-        bias=bias,
-        params=tuple(new[P.DPARAMS].sum(1)[:, :H]),
-        state=tuple(ds[:, :, :H]),
-    )
+        plan[P.DY], plan[P.DY_T], plan[P.DY_B] = dh.ctypes.data, *dh.strides[:2]
+    flags = residual.flags
+    residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
+    packed = np.array(plan, np.int64)
+    threads.run(backward_kernel(cell), packed.ctypes.data, residual.shards)
+    dbias = None
+    if residual.has_bias:
+        rows = piece(P.DBP, blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, HP)
+        dbias = np.empty((G, H), np.float32)
+        dbias[_tables(cell)[1]] = rows[: lay.x_gates, :H]
+        dbias = dbias.reshape(-1)
+    dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
+    del residual.slab, residual.hs  # their memory is free for the next step
+    return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))

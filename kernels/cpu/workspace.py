@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-__all__ = ["aligned", "release"]
+__all__ = ["aligned", "carve", "release"]
 
 ALIGNMENT = 64
 POOLED_FROM = 1 << 15  # bytes; smaller blocks the C library keeps by itself
@@ -68,6 +68,27 @@ def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
     if zero:
         array[...] = 0
     return array
+
+
+def carve(plan: list[int], zeroed: dict[int, int], rest: dict[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+    """One array for many pieces: `plan[place]` becomes the address of each piece, given as {place: floats}.
+
+    Returns the array, whose owner must outlive the plan's use, and each piece's offset in it. The pieces of `zeroed` are
+    filled with 0.
+    """
+    offsets, end = {}, 0
+    for pieces in (zeroed, rest):
+        for place, floats in pieces.items():
+            offsets[place] = end
+            end += -(-floats // 16) * 16  # the next cache line
+        if pieces is zeroed:
+            start = end
+    array = aligned((end,))
+    array[:start] = 0
+    base = array.ctypes.data
+    for place, offset in offsets.items():
+        plan[place] = base + 4 * offset
+    return array, offsets
 
 
 def release() -> None:
