@@ -9,7 +9,7 @@ Units come in blocks of W = UB vectors, HP is the number of units rounded up to 
     gates   [block][T B][NP W]   pre-activations, then saved values, then gradients, each over the last: the closing
                                  products stream it as if it were packed
     h       [T + 1][B][HP]       outputs, h[0] the initial state; the other states likewise (one slot in inference)
-    D       [2][B][NP HP]        the gates' gradients of this step and the one after it, row-major, for the product
+    D       [2][B][NP H]         the gates' gradients of this step and the one after it, row-major, for the product
     wp, rp  [block][I or H][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
 Padded units (H..HP) hold whatever their cell gives for zeros; products never read them.
 
@@ -218,13 +218,13 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         f"    dy0 = load_int(p + {8 * P.DY}); ds0 = load_int(p + {8 * P.DSTATE}) + b * hp4",
         f"    if dy0 != 0: dy0 += t * load_int(p + {8 * P.DY_T}) + b * load_int(p + {8 * P.DY_B})",
         f"    dy_step = load_int(p + {8 * P.DY_B}); dp0 = load_int(p + {8 * P.DPARAMS}) + b * hp4",
-        f"    d0 = load_int(p + {8 * P.D}) + ((t & 1) * B + b) * (hp4 * {lay.pre})",
+        f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = load_int(p + {8 * P.D}) + ((t & 1) * B + b) * d_row",
         "    for m in range(rows):",
         "        live = valid == 0 or load_byte(valid + r + m) != 0",
         "        for j in range(vectors):",
         f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
         f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
-        f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * (hp4 * {lay.pre}) + q; ds = ds0 + m * hp4 + q",
+        f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * d_row + q; ds = ds0 + m * hp4 + q",
         f"            _d_{cell.state[0]} = load(s + j * {VECTOR_BYTES}) + load(ds)",
         f"            if dy0 != 0: _d_{cell.state[0]} = _d_{cell.state[0]} + load_n(dy0 + m * dy_step + q, n)",
         "            if live:",
@@ -250,13 +250,13 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
     o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in cell.pre]
     for k, g in enumerate(cell.pre):
-        o.append(f"{indent}store(g + {k * wb}, _g_{g}); store(d + {k} * hp4, _g_{g})")
+        o.append(f"{indent}store(g + {k * wb}, _g_{g}); store_n(d + {k} * h4, _g_{g}, n)")
     o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
     for k, n in enumerate(cell.params):
         o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
     o.append("            else:")  # the states' gradients pass on; the gates get none
     o.append(f"{indent}store(ds, _d_{cell.state[0]})")
-    o += [f"{indent}store(g + {k * wb}, K(0.0)); store(d + {k} * hp4, K(0.0))" for k in range(lay.pre)]
+    o += [f"{indent}store(g + {k * wb}, K(0.0)); store_n(d + {k} * h4, K(0.0), n)" for k in range(lay.pre)]
     o.append("        s += s_step")
     return "\n".join(o) + "\n"
 
@@ -296,11 +296,11 @@ def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, shard, s
 
 
 @njit(**JIT_OPTIONS)
-def pack_transposed(source, rows, H, HP, gates, columns, out, shard, shards):
-    """(rows, G H) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates HP][vectors LANES], padded with 0."""
+def pack_transposed(source, rows, H, gates, columns, out, shard, shards):
+    """(rows, G H) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors LANES], padded with 0."""
     vectors = (rows + LANES - 1) // LANES
     panels = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS
-    depth = gates * HP
+    depth = gates * H
     first, last = share(panels, shard, shards)
     for j in range(first, last):
         v0 = j * TILE_COLUMNS
@@ -310,7 +310,7 @@ def pack_transposed(source, rows, H, HP, gates, columns, out, shard, shards):
         for c in range(min(width, rows - v0 * LANES)):
             for g in range(gates):
                 a = source + ((v0 * LANES + c) * H * gates + load_int(columns + 8 * g) * H) * 4
-                z = panel + (g * HP * width + c) * 4
+                z = panel + (g * H * width + c) * 4
                 for u in range(H):
                     store_scalar(z + u * width * 4, load_scalar(a + u * 4))
 
@@ -373,12 +373,12 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
         blocks, hp4, TB, flags = get(p, P.BLOCKS), get(p, P.HP) * 4, get(p, P.T) * get(p, P.B), get(p, P.FLAGS)
         rt, wt, dx, d, plain = get(p, P.RT), get(p, P.WT), get(p, P.DX), get(p, P.D), get(p, P.PLAIN)
-        zeros, ds, gates = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES)
+        zeros, ds, gates, d_row = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES), NP * H * 4
         s = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB))
         # 1. pack the transposed weights
-        pack_transposed(get(p, P.RECURRENT), H, H, HP, GH, get(p, P.H_COLUMN), rt, shard, shards)
+        pack_transposed(get(p, P.RECURRENT), H, H, GH, get(p, P.H_COLUMN), rt, shard, shards)
         if dx != 0:
-            pack_transposed(get(p, P.KERNEL), I, H, HP, GX, get(p, P.X_COLUMN), wt, shard, shards)
+            pack_transposed(get(p, P.KERNEL), I, H, GX, get(p, P.X_COLUMN), wt, shard, shards)
         barrier(flags, shard, shards, 1)
         # 2. the steps, last to first; at t = -1 only what leaves the first step is left to do
         b0, b1 = share(B, shard, shards)
@@ -393,7 +393,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
             x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
         real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
         for t in range(T - 1, -2, -1):
-            after = d + ((t + 1) & 1) * B * (NP * hp4)
+            after = d + ((t + 1) & 1) * B * d_row
             for v in range(v0, v1, COLUMNS):
                 n = min(COLUMNS, v1 - v)
                 width = min(COLUMNS, real - v)
@@ -405,8 +405,8 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                     if t < T - 1 and width > 0:
                         tile1(
                             load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
-                            after + b * (NP * hp4) + NH * hp4, NP * hp4, 4, GH * HP,
-                            rt + v * VB * (GH * HP), width * VB, zeros, 0, s, n * VB,
+                            after + b * d_row + NH * H * 4, d_row, 4, GH * H,
+                            rt + v * VB * (GH * H), width * VB, zeros, 0, s, n * VB,
                         )  # fmt: skip
                     if t >= 0:
                         backward_tile(p, s, n * VB, m, t, b, v, n)
@@ -424,8 +424,8 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                         m = tile_rows(b1 - b)
                         tile1(
                             load_int(plain + ((n - 1) * TILE_ROWS + m - 1) * 8),
-                            after + b * (NP * hp4), NP * hp4, 4, GX * HP,
-                            wt + v * VB * (GX * HP), n * VB, zeros, 0, s, n * VB,
+                            after + b * d_row, d_row, 4, GX * H,
+                            wt + v * VB * (GX * H), n * VB, zeros, 0, s, n * VB,
                         )  # fmt: skip
                         for k in range(m):
                             out = dx + (((t + 1) * B + b + k) * I + v * LANES) * 4
@@ -479,7 +479,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
 def _functions(cell: Cell) -> tuple[str, Any, Any]:
     """Tile source and the two driver functions, not yet compiled."""
     lay, source = Layout.of(cell), tile_source(cell)
-    scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
+    scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, store_n=store_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
     exec(compile(source, f"<cell {cell.name}>", "exec"), scope)
     tiles = [njit(**JIT_OPTIONS)(scope[name]) for name in ("forward_tile", "backward_tile")]
     return source, *_drivers(lay, *tiles)
@@ -651,9 +651,9 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
         P.DRP: blocks * H * lay.h_gates * lay.width,
         P.DPARAMS: NP * B * HP,
     }
-    rest = {P.D: 2 * B * lay.pre * HP, P.RT: lay.h_gates * HP * -(-H // LANES) * LANES}
+    rest = {P.D: 2 * B * lay.pre * H, P.RT: lay.h_gates * H * -(-H // LANES) * LANES}
     if need_dx:
-        rest[P.WT] = lay.x_gates * HP * -(-I // LANES) * LANES
+        rest[P.WT] = lay.x_gates * H * -(-I // LANES) * LANES
     slab, at = carve(plan, zeroed, rest)
     piece = lambda place, *shape: slab[at[place] : at[place] + zeroed[place]].reshape(shape)
     ds = piece(P.DSTATE, S, B, HP)
