@@ -35,8 +35,8 @@ FOLD: dict[str, Callable[..., Any]] = {
     "log": math.log,
     "sqrt": math.sqrt,
     "tanh": math.tanh,
-    "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
-    "softplus": lambda a: math.log1p(math.exp(a)),
+    "sigmoid": lambda a: 0.5 * (1 + math.tanh(0.5 * a)),
+    "softplus": lambda a: max(a, 0.0) + math.log1p(math.exp(-abs(a))),
     "maximum": max,
     "minimum": min,
     "lt": lambda a, b: float(a < b),
@@ -45,6 +45,7 @@ FOLD: dict[str, Callable[..., Any]] = {
 }
 SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<="}
 COMPARISONS = {"lt", "le"}
+ARITY = {"neg": 1, "where": 3} | dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le"), 2)
 DEAR = {"exp", "log", "sqrt", "tanh", "sigmoid", "softplus"}  # never computed twice
 
 # Prices of the minimum cut, in units of one saved value (a store now, a load later).
@@ -124,6 +125,11 @@ class Graph:
         return self.node(op, args)
 
 
+# NumPy's names for what is called otherwise here; a NumPy scalar on an operator's left side comes in by them.
+UFUNCS = {"multiply": "mul", "subtract": "sub", "divide": "div", "negative": "neg"}
+UFUNCS |= {"less": "lt", "greater": "lt", "less_equal": "le", "greater_equal": "le"}
+
+
 class Symbol:
     """A traced scalar: what a cell function is called with. Arithmetic on it builds the graph.
 
@@ -137,7 +143,14 @@ class Symbol:
         self.graph, self.node = graph, node
 
     def _apply(self, op: str, *args: Any) -> Symbol:
-        return Symbol(self.graph, self.graph.make(op, *(self._node_of(op, a) for a in args)))
+        if len(args) != ARITY.get(op, 1):
+            raise TraceError(f"{op} takes {ARITY.get(op, 1)} values, but {len(args)} came")
+        nodes = [self._node_of(op, a) for a in args]
+        if op == "where" and nodes[0].op not in COMPARISONS:
+            raise TraceError("where(condition, a, b): the condition must be a comparison by <, <=, > or >=")
+        if any(n.op in COMPARISONS for n in nodes[op == "where" :]):
+            raise TraceError(f"{op}: a comparison has no number; it can only be the condition of where(condition, a, b)")
+        return Symbol(self.graph, self.graph.make(op, *nodes))
 
     def _node_of(self, op: str, a: Any) -> Node:
         if isinstance(a, Symbol):
@@ -219,11 +232,10 @@ class Symbol:
     __float__ = __int__ = __index__ = __complex__ = _number
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Symbol:  # np.tanh(x)
-        names = {"multiply": "mul", "subtract": "sub", "divide": "div", "negative": "neg", "less": "lt"}
-        name = names.get(ufunc.__name__, ufunc.__name__)
+        name = UFUNCS.get(ufunc.__name__, ufunc.__name__)
         if method != "__call__" or kwargs or name not in FOLD:
             raise TraceError(f"numpy.{ufunc.__name__} can't be traced: use {', '.join(sorted(LANGUAGE))}")
-        return self._apply(name, *args)
+        return self._apply(name, *(reversed(args) if "greater" in ufunc.__name__ else args))
 
 
 def _primitive(name: str) -> Callable[..., Any]:
@@ -334,6 +346,7 @@ class Cell:
         gates: names in the order of the weights' columns.
         state: names of the states; the first is the output.
         params: names of the per-unit parameters (peepholes, a recurrent bias).
+        aux: names of what is handed in at every step and not differentiated, such as a zoneout mask.
         pre: the pre-activations as the function sees them, ordered so that those fed by the input (`x_gates`) are its
             first and those fed by the recurrence (`h_gates`) its last ones.
         saved: how many values the forward pass saves for the backward pass beside the states.
@@ -351,33 +364,57 @@ class Cell:
         state: Sequence[str] = ("h",),
         split: Sequence[str] = (),
         *,
+        aux: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
-        self.name = name or function.__name__
+        self.aux = tuple(aux)
+        self.name = name or getattr(function, "__name__", type(function).__name__)
         self.gates, self.state, self.split = tuple(gates), tuple(state), tuple(split)
         arguments = self._arguments(function)
         only_x = [g + "_x" for g in self.gates if g in self.split]
         only_h = [g + "_h" for g in self.gates if g in self.split]
         self.pre = (*only_x, *(g for g in self.gates if g not in self.split), *only_h)
         self.x_gates, self.h_gates = self.pre[: len(self.gates)], self.pre[len(only_x) :]
-        self.params = tuple(n for n in arguments if n not in self.pre and n not in self.state)
+        self.params = tuple(n for n in arguments if n not in (*self.pre, *self.state, *self.aux))
+        if missing := [a for a in self.aux if a not in arguments]:
+            raise TraceError(f"cell {self.name}: its function has no argument for {missing}; it has {arguments}")
+        self.function = function
         if missing := [p for p in self.pre if p not in arguments]:
             raise TraceError(f"cell {self.name}: its function has no argument for the gates {missing}; it has {arguments}")
         self._trace(function, arguments)
-        text = "|".join(map(repr, (self.gates, self.state, self.pre, self.params, self.backward_args, self.saved)))
+        text = "|".join(map(repr, (self.gates, self.state, self.pre, self.params, self.aux, self.backward_args, self.saved)))
         self.digest = hashlib.sha256((text + self.forward_source + self.backward_source).encode()).hexdigest()
+
+    # Cells with the same equations are one: kernels made for the first serve them all.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __repr__(self) -> str:
         return f"Cell({self.name}, gates={self.gates}, state={self.state}, params={self.params}, saved={self.saved})"
 
     def _arguments(self, function: Callable[..., Any]) -> list[str]:
         kinds = inspect.Parameter
+        if not isinstance(function, types.FunctionType):
+            raise TraceError(f"cell {self.name}: expected a plain Python function, got a {type(function).__name__}")
         for p in inspect.signature(function).parameters.values():
             if p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
                 raise TraceError(f"cell {self.name}: its arguments are matched by name, so *{p.name} can't be used")
+            if p.kind is kinds.KEYWORD_ONLY or p.default is not kinds.empty:
+                raise TraceError(
+                    f"cell {self.name}: {p.name} has a default or is keyword-only, but every argument is a gate, "
+                    "a state or a trained per-unit parameter; write a constant into the equations"
+                )
         reserved = [n for n in inspect.signature(function).parameters if n in LANGUAGE or self._emitted_name(n)]
         if reserved:
             raise TraceError(f"cell {self.name}: the argument names {reserved} are used by the emitted code: rename them")
+        declared = [*self.gates, *self.state, *self.aux]
+        if not self.gates or not self.state:
+            raise TraceError(f"cell {self.name}: a cell has at least one gate and one state, got {declared}")
+        if twice := sorted({n for n in declared if declared.count(n) > 1}):
+            raise TraceError(f"cell {self.name}: the names {twice} are given twice among gates, states and aux")
         unknown = [g for g in self.split if g not in self.gates]
         if unknown:
             raise TraceError(f"cell {self.name}: split names {unknown}, but the gates are {self.gates}")
@@ -390,16 +427,21 @@ class Cell:
     def _trace(self, function: Callable[..., Any], arguments: list[str]) -> None:
         graph = Graph()
         leaves = {n: Symbol(graph, graph.node("leaf", (), n)) for n in arguments}
-        # The cell's own names come first: a function that imports nothing may still write tanh(x).
-        scope = types.FunctionType(
-            function.__code__, {**LANGUAGE, **function.__globals__}, function.__name__, None, function.__closure__
-        )
-        out = scope(*leaves.values())
+        try:
+            out = in_language(function)(*leaves.values())
+        except TraceError as error:
+            raise TraceError(f"cell {self.name}: {error}") from None
+        except Exception as error:  # x % 2, a jitted function, a misspelt name
+            known = ", ".join(sorted(LANGUAGE))
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise TraceError(f"cell {self.name}: {reason} (+ - * / <, whole powers and {known} can be traced)") from error
         out = out if isinstance(out, tuple) else (out,)
         if len(out) != len(self.state):
             raise TraceError(f"cell {self.name} returns {len(out)} values for its {len(self.state)} states {self.state}")
         any_leaf = next(iter(leaves.values()))
-        new = [Symbol(graph, any_leaf._node_of("return", o)) for o in out]
+        new = [Symbol(graph, any_leaf._node_of(f"cell {self.name} returns", o)) for o in out]
+        if any(n.node.op in COMPARISONS for n in new):
+            raise TraceError(f"cell {self.name} returns a comparison; write where(condition, 1, 0)")
         forward_nodes = list(graph.nodes)
         seeds = [Symbol(graph, graph.node("leaf", (), f"d_{s}")) for s in self.state]
         gradients = self._differentiate(graph, forward_nodes, new, seeds)
@@ -430,7 +472,7 @@ class Cell:
         self, graph: Graph, leaves: dict[str, Symbol], new: list[Node], seeds: list[Node], wanted: list[Node]
     ) -> None:
         state_leaves = {s: leaves[s].node for s in self.state if s in leaves}
-        stored_anyway = [*state_leaves.values(), *(leaves[p].node for p in self.params), *new]
+        stored_anyway = [*state_leaves.values(), *(leaves[p].node for p in (*self.params, *self.aux)), *new]
         kept = choose_saved(graph, seeds, wanted, stored_anyway)
         saved = [n for n in kept if n not in stored_anyway]
         self.saved = len(saved)
@@ -446,6 +488,12 @@ class Cell:
         given.update({n: f"({y} > K(0.5))" for n, y in zip(saved, names, strict=True) if n.op in COMPARISONS})
         self.forward_source = emit("forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()})
         self.backward_source = emit("backward", self.backward_args, wanted, given)
+
+
+def in_language(function: types.FunctionType) -> Callable[..., Any]:
+    """`function` with the cell language as its builtins: one that imports nothing may still write tanh(x)."""
+    scope = {**LANGUAGE, **function.__globals__}
+    return types.FunctionType(function.__code__, scope, function.__name__, None, function.__closure__)
 
 
 def choose_saved(graph: Graph, seeds: list[Node], wanted: list[Node], stored_anyway: list[Node]) -> list[Node]:
@@ -532,7 +580,7 @@ def emit(name: str, arguments: Sequence[str], outputs: list[Node], given: dict[N
     text, lines = dict(given), []
     for n in order:
         if n.op == "const":
-            text[n] = f"K({n.value!r})"
+            text[n] = f"K({_literal(n.value)})"
             continue
         a = [text[x] for x in n.args]
         if n.op in SIGN:
@@ -548,6 +596,11 @@ def emit(name: str, arguments: Sequence[str], outputs: list[Node], given: dict[N
             text[n] = expression
     result = ", ".join(_bare(text[o]) for o in outputs) + ("," if len(outputs) == 1 else "")
     return "\n".join([f"def {name}({', '.join(arguments)}):", *lines, f"    return {result}"]) + "\n"
+
+
+def _literal(x: float) -> str:
+    """A number's text; Python has no literal for those beyond the largest, but reads 1e999 as infinity."""
+    return repr(x) if math.isfinite(x) else "1e999 - 1e999" if math.isnan(x) else "1e999" if x > 0 else "-1e999"
 
 
 def _bare(s: str) -> str:
@@ -587,7 +640,10 @@ def cell(
     def decorate(function: Callable[..., Any]) -> Cell:
         names = gates
         if isinstance(gates, int):
-            names = tuple(inspect.signature(function).parameters)[:gates]
+            arguments = tuple(inspect.signature(function).parameters)
+            if isinstance(gates, bool) or not 1 <= gates <= len(arguments):
+                raise TraceError(f"gates={gates!r}, but the function's arguments are {arguments}")
+            names = arguments[:gates]
         return Cell(function, names, state, split)  # type: ignore[arg-type]
 
     return decorate

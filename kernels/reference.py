@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .derive import Cell
-from .sequence import Forward, Gradients
+from .sequence import Forward, Gradients, check_backward, check_forward
 
 __all__ = ["backward", "forward"]
 
@@ -55,6 +55,7 @@ class Residual:
         self.__dict__.update(kept)
 
 
+@np.errstate(all="ignore")  # as in a kernel, NaN and infinity travel without a word
 def forward(
     cell: Cell,
     x: np.ndarray,
@@ -66,6 +67,8 @@ def forward(
     valid: np.ndarray | None,
     *,
     training: bool,
+    aux: tuple[np.ndarray, ...] = (),
+    recurrent_mask: np.ndarray | None = None,
 ) -> Forward:
     """Run the sequence; see sequence.py for arguments, shapes and meaning.
 
@@ -75,6 +78,7 @@ def forward(
     >>> out.h.ravel().round(4).tolist()
     [0.7616, 0.7616, 0.7616]
     """
+    check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
     (T, B, _), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
     dtype = np.result_type(x, kernel, recurrent_kernel)
     step = functions(cell)[0]
@@ -86,11 +90,15 @@ def forward(
     saved: list[Any] = [None] * T
     projected = x @ kernel if bias is None else x @ kernel + bias
     gate = {g: slice(k * H, (k + 1) * H) for k, g in enumerate(cell.gates)}
+    aux = tuple(np.broadcast_to(a, (T, B, H)) for a in aux)
+    masks = None if recurrent_mask is None else np.broadcast_to(recurrent_mask, (T, B, H))
     for t in range(T):
-        recurrent = states[0][t] @ recurrent_kernel
+        fed = states[0][t] if masks is None else states[0][t] * masks[t]
+        recurrent = fed @ recurrent_kernel
         values = _pre_activations(cell, gate, projected[t], recurrent)
         values.update({s: seq[t] for s, seq in zip(cell.state, states, strict=True)})
         values.update(zip(cell.params, params, strict=True))
+        values.update(zip(cell.aux, (a[t] for a in aux), strict=True))
         out = step(*(values[a] for a in cell.forward_args))
         for s, new in zip(states, out, strict=False):
             s[t + 1] = new if valid is None else np.where(valid[t][:, None], new, s[t])
@@ -101,7 +109,7 @@ def forward(
         return Forward(states[0][1:], final, None, None)
     residual = Residual(
         cell=cell, x=x, kernel=kernel, recurrent_kernel=recurrent_kernel, bias=bias, params=params,
-        states=states, saved=saved, valid=valid, shape=(T, B, H, G), dtype=dtype,
+        states=states, saved=saved, valid=valid, shape=(T, B, H, G), dtype=dtype, aux=aux, masks=masks,
     )  # fmt: skip
     return Forward(states[0][1:], final, tuple(s[1:] for s in states[1:]), residual)
 
@@ -117,10 +125,12 @@ def _pre_activations(cell: Cell, gate: dict[str, slice], x: np.ndarray, h: np.nd
     return values
 
 
+@np.errstate(all="ignore")
 def backward(residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
     """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state."""
     r, cell = residual, residual.cell
     T, B, H, G = r.shape
+    check_backward(cell, (T, B, H), dh, dfinal)
     step = functions(cell)[1]
     ds = [np.zeros((B, H), r.dtype) if d is None else np.array(d, r.dtype) for d in dfinal]
     dx_gates, dh_gates = np.zeros((T, B, G * H), r.dtype), np.zeros((T, B, G * H), r.dtype)
@@ -132,6 +142,7 @@ def backward(residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, n
         for k, s in enumerate(cell.state):
             values[s], values[s + "1"], values["d_" + s] = r.states[k][t], r.states[k][t + 1], ds[k]
         values.update(zip(cell.params, r.params, strict=True))
+        values.update(zip(cell.aux, (a[t] for a in r.aux), strict=True))
         out = [np.broadcast_to(v, (B, H)) for v in step(*(values[a] for a in cell.backward_args))]
         if r.valid is not None:  # an invalid step hands the states' gradients on and takes none itself
             live = r.valid[t][:, None]
@@ -143,14 +154,16 @@ def backward(residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, n
             dx_gates[t][:, columns] = pre[g + "_x" if g in cell.split else g]
             dh_gates[t][:, columns] = pre[g + "_h" if g in cell.split else g]
         ds = [np.array(v, r.dtype) for v in out[len(cell.pre) : len(cell.pre) + len(cell.state)]]
-        ds[0] = ds[0] + dh_gates[t] @ r.recurrent_kernel.T
+        from_gates = dh_gates[t] @ r.recurrent_kernel.T
+        ds[0] = ds[0] + (from_gates if r.masks is None else from_gates * r.masks[t])
         for d, v in zip(dparams, out[len(cell.pre) + len(cell.state) :], strict=True):
             d += v.sum(0)
     flat = dx_gates.reshape(T * B, G * H)
+    fed = r.states[0][:-1] if r.masks is None else r.states[0][:-1] * r.masks
     return Gradients(
         x=dx_gates @ r.kernel.T if need_dx else None,
         kernel=r.x.reshape(T * B, -1).T @ flat,
-        recurrent_kernel=r.states[0][:-1].reshape(T * B, H).T @ dh_gates.reshape(T * B, G * H),
+        recurrent_kernel=fed.reshape(T * B, H).T @ dh_gates.reshape(T * B, G * H),
         bias=None if r.bias is None else flat.sum(0),
         params=tuple(dparams),
         state=tuple(ds),

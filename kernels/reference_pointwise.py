@@ -46,8 +46,7 @@ def embedding(table: Array, ids: Array) -> Array:
 
 
 def embedding_gradient(ids: Array, dy: Array, rows: int) -> Array:
-    """For each of `rows` table rows, the sum of the gradients `dy` (M, E) of the places `ids` (M,) that took
-    it.
+    """For each of `rows` table rows, the sum of the gradients `dy` (M, E) whose `ids` (M,) took it.
 
     Sorted by row and summed in runs, always in the order of the places: the same bits every time.
     """
@@ -69,7 +68,8 @@ def sigmoid(x: Array) -> Array:
     return np.where(x >= 0, 1, t) / (1 + t)
 
 
-# Cody 1969, "Rational Chebyshev approximations for the error function": three intervals, highest power first.
+# Cody 1969, "Rational Chebyshev approximations for the error function", highest power first. His formula for
+# the middle interval serves beyond it too: erfc itself is lost there to the rounding of 1 - erfc.
 _ERF_SMALL = (
     (1.85777706184603153e-1, 3.16112374387056560, 1.13864154151050156e2, 3.77485237685302021e2,
      3.20937758913846947e3),

@@ -3,7 +3,7 @@
 Numba keys a cached function by its name and its file's date. A kernel here is a factory's product over emitted text, and
 under Numba's key an edited cell is served its old kernel, and two processes that build different cells at once can get
 each other's. So file name and index key are a hash of the emitted text, the compiler options and the sources of this
-package; Numba adds its own version and the processor. One name always means one content, whoever writes it.
+package, the versions of Python and Numba, and the processor. One name always means one content, whoever writes it.
 
 The directory: NUMLSTM_CACHE_DIR (empty: no cache), else the platform's user cache directory. Where it can't be written,
 kernels compile in memory: it costs time, nothing else. The classes extended are private to Numba (`numba.core.caching`).
@@ -11,9 +11,10 @@ kernels compile in memory: it costs time, nothing else. The classes extended are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import pickle
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
+import numba
 from numba import njit
 from numba.core import caching
+from numba.core.registry import cpu_target
 
 from .simd import JIT_OPTIONS
 
@@ -30,25 +33,30 @@ __all__ = ["compile_kernel", "directory"]
 
 
 def directory() -> Path | None:
-    """Where compiled kernels are kept, or None when caching is switched off."""
+    """Where compiled kernels are kept, or None when there is to be no caching."""
     given = os.environ.get("NUMLSTM_CACHE_DIR")
     if given is not None:
         return Path(given) if given else None
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = "~/Library/Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "numlstm"
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "numlstm"
+    except RuntimeError:  # the user has no home directory
+        return None
 
 
 @cache
 def _sources() -> str:
-    """A hash of everything besides a cell's text that kernels are made from."""
+    """Everything besides a cell's text that kernels are made from: this package's sources, the compiler, the processor."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("*.py")), here.parent / "derive.py"]
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest() + llvmlite.__version__
+    sources = hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+    processor = cpu_target.target_context.codegen().magic_tuple()
+    return repr((sources, sys.version, numba.__version__, llvmlite.__version__, processor))
 
 
 def _stable(options: dict[str, Any]) -> str:
@@ -81,7 +89,7 @@ class _KeyedCache(caching.FunctionCache):
 
             def __init__(self, py_func: Any) -> None:
                 super().__init__(py_func)
-                self._filename_base = f"{name}-{key[:24]}"
+                self._filename_base = f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}-{key[:24]}"
 
         self._impl_class = Implementation
         super().__init__(function)
@@ -92,14 +100,14 @@ class _KeyedCache(caching.FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError, IndexError, KeyError, AttributeError):
-            return None  # a damaged or unreadable entry is a miss: the kernel is compiled again, and the entry replaced
+        except Exception:  # what a damaged file raises is not bounded; it is a miss
+            with contextlib.suppress(OSError):
+                self.flush()  # a damaged index could not take the new entry
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # nowhere to write: the compiled kernel serves this process
             super().save_overload(sig, data)
-        except OSError:
-            pass  # nowhere to write: the compiled kernel serves this process
 
 
 def compile_kernel(function: Callable[..., Any], name: str, text: str, signature: Any) -> Any:

@@ -1,23 +1,22 @@
 """What the processor offers: floats a vector, vector registers, and the product tile that follows from them.
 
-Read from the features LLVM reports for the host (or from NUMBA_CPU_FEATURES, as Numba does), never from a model name.
+Read from the features that Numba compiles for, never from a model name: those of the host, less AVX where Numba avoids it
+(NUMBA_ENABLE_AVX), or what NUMBA_CPU_FEATURES or NUMBA_CPU_NAME=generic say. A vector wider than that would not compile.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 
-import llvmlite.binding as llvm
+from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 
 __all__ = ["FEATURES", "LANES", "REGISTERS", "TILE_COLUMNS", "TILE_ROWS", "describe"]
 
 
 def _features() -> frozenset[str]:
-    given = os.environ.get("NUMBA_CPU_FEATURES")
-    if given is not None:
-        return frozenset(f[1:] for f in given.split(",") if f.startswith("+"))
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    text = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
 
 
 FEATURES = _features()

@@ -97,9 +97,11 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[np.nd
     >>> losses.round(4).tolist(), d.tolist()
     ([1.3863], [[0.25, 0.25, -0.75, 0.25]])
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected shape (M, V), got {logits.shape}")
     M, V = logits.shape
-    if labels.shape != (M,):
-        raise ValueError(f"labels: expected shape {(M,)}, got {labels.shape}")
+    if labels.shape != (M,) or labels.dtype.kind not in "iub":
+        raise ValueError(f"labels: expected whole numbers of shape {(M,)}, got {labels.dtype} of {labels.shape}")
     labels = np.ascontiguousarray(labels, np.int64)
     if M and (labels.min() < 0 or labels.max() >= V):
         raise ValueError(f"labels: expected whole numbers in 0..{V - 1}, got {labels.min()}..{labels.max()}")
@@ -276,8 +278,9 @@ def _update(
         if slot is not None:
             arrays[Slots.S0 + k] = slot
     for array in arrays.values():
-        if array.dtype != np.float32 or not array.flags.c_contiguous or array.shape != w.shape:
-            raise ValueError(f"{name}: variable and slots must be contiguous float32 arrays of one shape")
+        flags = array.flags
+        if array.dtype != np.float32 or array.shape != w.shape or not (flags.c_contiguous and flags.writeable):
+            raise ValueError(f"{name}: variable and slots must be contiguous writeable float32 arrays of one shape")
     if g.shape != w.shape:
         raise ValueError(f"{name}: gradient of shape {g.shape} for a variable of shape {w.shape}")
     arrays[Slots.G] = np.ascontiguousarray(g, np.float32)

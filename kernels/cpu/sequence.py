@@ -29,7 +29,7 @@ import numpy as np
 from numba import njit
 
 from ..derive import Cell
-from ..sequence import Forward, Gradients
+from ..sequence import Forward, Gradients, check_backward, check_forward
 from . import math as vector_math
 from . import threads
 from .cache import compile_kernel
@@ -88,6 +88,11 @@ class P(IntEnum):
     RP = auto()
     BP = auto()
     STATE_H = auto()
+    FED = auto()  # what the recurrent product reads: h, or h times the recurrent mask
+    MASK = auto()  # 0: none
+    MASK_T = auto()  # bytes between its steps, between its rows
+    MASK_B = auto()
+    AUX = auto()  # [aux](address, bytes between steps, bytes between rows)
     STATES = auto()  # the states after h: slot k at STATES + k STATE_SLOT, step t at t STATE_STEP
     STATE_SLOT = auto()
     STATE_STEP = auto()
@@ -177,6 +182,10 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
         f"    slot = load_int(p + {8 * P.STATE_SLOT}); step = load_int(p + {8 * P.STATE_STEP})",
         f"    ci = load_int(p + {8 * P.STATES}) + t * step + b * hp4 + at; co = ci + step",
         f"    e = load_int(p + {8 * P.EXTRA}) + (u * TB + r) * {lay.extra * wb}; w = load_int(p + {8 * P.PARAMS}) + at",
+        f"    H = load_int(p + {8 * P.H}); first = u * {lay.width}; mask = load_int(p + {8 * P.MASK}); aux = load_int(p + {8 * P.AUX})",
+        f"    masked = mask != 0 and t + 1 < load_int(p + {8 * P.T}); mask_row = load_int(p + {8 * P.MASK_B})",
+        f"    mask += (t + 1) * load_int(p + {8 * P.MASK_T}) + b * mask_row + at; fed = load_int(p + {8 * P.FED}) + (r + B) * hp4 + at",
+        *_aux_rows(cell, "+ at"),
         "    for m in range(rows):",
         "        if valid == 0 or load_byte(valid + r + m) != 0:",
         f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
@@ -187,6 +196,7 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
         if s in uses:
             o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
     o += [f"{indent}_{n} = load(w + {k} * hp4 + q)" for k, n in enumerate(cell.params)]
+    o += [f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, H - first - q // 4)" for k, n in enumerate(cell.aux)]
     results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
     o += _inline(cell.forward_source, cell.forward_args, results, indent)
     o += [f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)" for k, s in enumerate(cell.state)]
@@ -197,8 +207,21 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
             o.append(f"{indent}    store({where} + q, _y{k})")
     o += ["        else:", f"            for q in range(0, {wb}, {VECTOR_BYTES}):", f"{indent}store(ho + q, load(hi + q))"]
     o += [f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)]
-    o.append(f"        s += s_step; hi += hp4; ho += hp4; ci += hp4; co += hp4; e += {lay.extra * wb}")
+    o += [
+        "        if masked:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+        f"{indent}store(fed + q, load(ho + q) * load_n(mask + q, H - first - q // 4))",
+        f"        s += s_step; hi += hp4; ho += hp4; ci += hp4; co += hp4; e += {lay.extra * wb}; mask += mask_row; fed += hp4",
+    ]
     return "\n".join(o) + "\n"
+
+
+def _aux_rows(cell: Cell, place: str) -> list[str]:
+    """Statements that set x0, x_row0, x1, ...: where each aux array's step t and row b lie, and the bytes to the next row."""
+    at = lambda k, n: f"load_int(aux + {24 * k + 8 * n})"
+    return [
+        f"    x_row{k} = {at(k, 2)}; x{k} = {at(k, 0)} + t * {at(k, 1)} + b * x_row{k} {place}" for k in range(len(cell.aux))
+    ]
 
 
 def _backward_tile(cell: Cell, lay: Layout) -> str:
@@ -219,13 +242,19 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         f"    if dy0 != 0: dy0 += t * load_int(p + {8 * P.DY_T}) + b * load_int(p + {8 * P.DY_B})",
         f"    dy_step = load_int(p + {8 * P.DY_B}); dp0 = load_int(p + {8 * P.DPARAMS}) + b * hp4",
         f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = load_int(p + {8 * P.D}) + ((t & 1) * B + b) * d_row",
+        f"    mask = load_int(p + {8 * P.MASK}); masked = mask != 0 and t + 1 < load_int(p + {8 * P.T})",
+        f"    mask_row = load_int(p + {8 * P.MASK_B}); mask += (t + 1) * load_int(p + {8 * P.MASK_T}) + b * mask_row",
+        f"    aux = load_int(p + {8 * P.AUX})",
+        *_aux_rows(cell, ""),
         "    for m in range(rows):",
         "        live = valid == 0 or load_byte(valid + r + m) != 0",
         "        for j in range(vectors):",
         f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
         f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
         f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * d_row + q; ds = ds0 + m * hp4 + q",
-        f"            _d_{cell.state[0]} = load(s + j * {VECTOR_BYTES}) + load(ds)",
+        f"            through = load(s + j * {VECTOR_BYTES})",
+        "            if masked: through = through * load_n(mask + m * mask_row + q, n)",
+        f"            _d_{cell.state[0]} = through + load(ds)",
         f"            if dy0 != 0: _d_{cell.state[0]} = _d_{cell.state[0]} + load_n(dy0 + m * dy_step + q, n)",
         "            if live:",
     ]
@@ -239,6 +268,7 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         if s + "1" in uses:
             o.append(f"{indent}_{s}1 = load({before} + {'B * hp4' if k == 0 else 'step'})")
     o += [f"{indent}_{n} = load(w0 + {k} * hp4 + q)" for k, n in enumerate(cell.params) if n in uses]
+    o += [f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, n)" for k, n in enumerate(cell.aux) if n in uses]
     for k in range(cell.saved):
         if k < lay.pre:
             o.append(f"{indent}_y{k} = load(g + {k * wb})")
@@ -330,7 +360,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         T, B, I, H = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H)
         blocks, x, hp4, training = get(p, P.BLOCKS), get(p, P.X), get(p, P.HP) * 4, get(p, P.TRAINING)
         wp, rp, bp, fused, flags = get(p, P.WP), get(p, P.RP), get(p, P.BP), get(p, P.FUSED), get(p, P.FLAGS)
-        gates, scratch = get(p, P.GATES), get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
+        gates, fed, scratch = get(p, P.GATES), get(p, P.FED), get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
         # 1. pack the weights, each thread its blocks
         pack_columns(get(p, P.KERNEL), I, H, blocks, GX, W, get(p, P.X_COLUMN), wp, shard, shards)
         pack_columns(get(p, P.RECURRENT), H, H, blocks, GH, W, get(p, P.H_COLUMN), rp, shard, shards)
@@ -361,7 +391,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                         tile2(
                             load_int(fused + (k * TILE_ROWS + m - 1) * 8),
                             x + r * I * 4, I * 4, 4, I, wp + u * I * (GX * WB) + FIRST[k] * VB, GX * WB,
-                            get(p, P.STATE_H) + r * hp4, hp4, 4, H, rp + u * H * (GH * WB) + R_FIRST[k] * VB, GH * WB,
+                            fed + r * hp4, hp4, 4, H, rp + u * H * (GH * WB) + R_FIRST[k] * VB, GH * WB,
                             bp + u * ROW + FIRST[k] * VB, 0, s + FIRST[k] * VB, ROW,
                         )  # fmt: skip
                     forward_tile(p, s, ROW, m, t, b, u)
@@ -374,7 +404,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         blocks, hp4, TB, flags = get(p, P.BLOCKS), get(p, P.HP) * 4, get(p, P.T) * get(p, P.B), get(p, P.FLAGS)
         rt, wt, dx, d, plain = get(p, P.RT), get(p, P.WT), get(p, P.DX), get(p, P.D), get(p, P.PLAIN)
         zeros, ds, gates, d_row = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES), NP * H * 4
-        s = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB))
+        s, mask = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB)), get(p, P.MASK)
         # 1. pack the transposed weights
         pack_transposed(get(p, P.RECURRENT), H, H, GH, get(p, P.H_COLUMN), rt, shard, shards)
         if dx != 0:
@@ -413,8 +443,11 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                     else:
                         for k in range(m):
                             for q in range(n):
-                                a = ds + (b + k) * hp4 + (v + q) * VB
-                                store(a, load(a) + load(s + (k * n + q) * VB))
+                                a, through = ds + (b + k) * hp4 + (v + q) * VB, load(s + (k * n + q) * VB)
+                                if mask != 0:
+                                    row = mask + (b + k) * get(p, P.MASK_B)
+                                    through = through * load_n(row + (v + q) * VB, H - (v + q) * LANES)
+                                store(a, load(a) + through)
                     b += m
             if dx != 0 and t < T - 1:
                 for v in range(x0, x1, COLUMNS):
@@ -459,7 +492,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                         source, out, start = get(p, P.X), get(p, P.DWP), 0
                     else:
                         m, M, step, G = (i - x_tiles) * TILE_ROWS, H, hp4, GH
-                        source, out, start = get(p, P.STATE_H), get(p, P.DRP), NH * WB
+                        source, out, start = get(p, P.FED), get(p, P.DRP), NH * WB
                     c0 = out + (u * M + m) * (G * WB)
                     for c in range(0, G * UB, COLUMNS):
                         n = min(COLUMNS, G * UB - c)
@@ -545,6 +578,12 @@ def _float32(name: str, a: Any, shape: tuple[int, ...]) -> np.ndarray:
     return a
 
 
+def _steps(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """`a` as a float32 view of (T, B, H) whose rows are contiguous; axes of length 1 are repeated by a stride of 0."""
+    rows = np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], shape[2])), np.float32)
+    return np.broadcast_to(rows, shape)
+
+
 def forward(
     cell: Cell,
     x: np.ndarray,
@@ -556,6 +595,8 @@ def forward(
     valid: np.ndarray | None,
     *,
     training: bool,
+    aux: tuple[np.ndarray, ...] = (),
+    recurrent_mask: np.ndarray | None = None,
 ) -> Forward:
     """Run the sequence in float32; see ../sequence.py for arguments, shapes and meaning.
 
@@ -568,6 +609,7 @@ def forward(
     >>> out.h.ravel().round(4).tolist()
     [0.7616, 0.7616, 0.7616]
     """
+    check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
     (T, B, I), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
     if min(T, B, I, H) < 1:
         raise ValueError(f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}")
@@ -604,6 +646,19 @@ def forward(
     for k, param in enumerate(params):
         start = at[P.PARAMS] + k * HP
         slab[start : start + H] = _float32(f"params[{k}]", param, (H,))
+    fed = hs
+    if recurrent_mask is not None:
+        mask = _steps(recurrent_mask, (T, B, H))
+        inputs.append(mask)
+        plan[P.MASK], plan[P.MASK_T], plan[P.MASK_B] = mask.ctypes.data, *mask.strides[:2]
+        fed = aligned((T, B, HP))
+        fed[0, :, :H] = hs[0, :, :H] * mask[0]
+        inputs.append(fed)
+    if aux:
+        steps = [_steps(a, (T, B, H)) for a in aux]
+        table = np.array([(a.ctypes.data, *a.strides[:2]) for a in steps], np.int64)
+        inputs += [*steps, table]
+        plan[P.AUX] = table.ctypes.data
     plan[: P.UNITS_SPLIT + 1] = T, B, I, H, HP, blocks, units
     plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = training, slots * B * HP * 4, B * HP * 4 * training
     if bias is not None:
@@ -617,7 +672,7 @@ def forward(
         inputs.append(valid)
         plan[P.VALID] = valid.ctypes.data
     for place, array in (
-        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FUSED, fused),
+        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed), (P.FUSED, fused),
         (P.PLAIN, plain_families()), (P.X_COLUMN, x_column), (P.H_COLUMN, h_column),
     ):  # fmt: skip
         plan[place] = array.ctypes.data
@@ -641,8 +696,9 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
     """
     if residual.used:
         raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
-    residual.used = True
     cell, plan, (T, B, I, H, HP, blocks) = residual.cell, residual.plan, residual.shape
+    check_backward(cell, (T, B, H), dh, dfinal)
+    residual.used = True
     lay, S, G, NP = Layout.of(cell), len(cell.state), len(cell.gates), len(cell.params)
     zeroed = {
         P.DSTATE: S * B * HP,
@@ -683,5 +739,5 @@ def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...],
         dbias[_tables(cell)[1]] = rows[: lay.x_gates, :H]
         dbias = dbias.reshape(-1)
     dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
-    del residual.slab, residual.hs  # their memory is free for the next step
+    del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step
     return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))

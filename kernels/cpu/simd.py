@@ -105,7 +105,8 @@ def pointer(b: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
 
 
 def lanes_below(b: ir.IRBuilder, n: Any) -> Any:
-    """The mask of the lanes whose index is below n."""
+    """The mask of the lanes whose index is below n; held to LANES first, since n may not fit in 32 bits."""
+    n = b.select(b.icmp_signed("<", n, I64(LANES)), n, I64(LANES))
     indices = ir.Constant(VECTOR_INT, list(range(LANES)))
     return b.icmp_signed("<", indices, broadcast(b, b.trunc(n, I32), VECTOR_INT))
 
