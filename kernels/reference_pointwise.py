@@ -12,6 +12,7 @@ import numpy as np
 
 __all__ = [
     "adam_update",
+    "batched_matmul",
     "dropout_mask",
     "embedding",
     "embedding_gradient",
@@ -38,6 +39,11 @@ def matmul(a: Array, b: Array, *, bias: Array | None = None) -> Array:
     if bias is not None:
         c += bias
     return c
+
+
+def batched_matmul(a: Array, b: Array) -> Array:
+    """a (..., M, K) times b (..., K, N), leading axes broadcast."""
+    return np.matmul(a, b)
 
 
 def embedding(table: Array, ids: Array) -> Array:

@@ -29,7 +29,7 @@ from numba.core.registry import cpu_target
 
 from .simd import JIT_OPTIONS
 
-__all__ = ["compile_kernel", "directory"]
+__all__ = ["compile_kernel", "directory", "unique_name"]
 
 
 def directory() -> Path | None:
@@ -49,19 +49,34 @@ def directory() -> Path | None:
         return None
 
 
-@cache
-def _sources() -> str:
-    """Everything besides a cell's text that kernels are made from: this package's sources, the compiler, the processor."""
+def _hash_of_sources() -> str:
     here = Path(__file__).parent
     files = [*sorted(here.glob("*.py")), here.parent / "derive.py"]
-    sources = hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+
+
+_SOURCES = _hash_of_sources()  # at import: later the files may be those of an upgrade that this process does not run
+
+
+@cache
+def _surroundings() -> str:
+    """Everything besides a cell's text that kernels are made from: this package's sources, the compiler, the processor."""
     processor = cpu_target.target_context.codegen().magic_tuple()
-    return repr((sources, sys.version, numba.__version__, llvmlite.__version__, processor))
+    return repr((_SOURCES, sys.version, numba.__version__, llvmlite.__version__, processor))
 
 
 def _stable(options: dict[str, Any]) -> str:
     """The options as text; sets sorted, since a set's repr changes from process to process."""
     return repr(sorted((k, sorted(v) if isinstance(v, set) else v) for k, v in options.items()))
+
+
+def unique_name(name: str, text: str) -> str:
+    """A name that means one content, for functions made by a factory.
+
+    Numba makes a symbol of a function's name and a count within its process, and of two symbols with one name loaded from
+    the cache the first serves both: two cells first compiled by two processes would run one's equations for both.
+    """
+    return f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class _KeyedCache(caching.FunctionCache):
@@ -119,10 +134,11 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
         text: all that the function depends on besides this package's sources: emitted source and constants.
         signature: Numba argument types.
     """
+    key = hashlib.sha256("\0".join((_surroundings(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
+    function.__qualname__ = unique_name(name, key)
     dispatcher = njit(**JIT_OPTIONS)(function)
     path = directory()
     if path is not None:
-        key = hashlib.sha256("\0".join((_sources(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
         try:
             path.mkdir(parents=True, exist_ok=True)
             dispatcher._cache = _KeyedCache(function, name, key, str(path))

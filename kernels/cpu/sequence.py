@@ -32,7 +32,7 @@ from ..derive import Cell
 from ..sequence import Forward, Gradients, check_backward, check_forward
 from . import math as vector_math
 from . import threads
-from .cache import compile_kernel
+from .cache import compile_kernel, unique_name
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import Windows, fused_family, plain_families, tile1, tile2
 from .plan import SIGNATURE, get, share
@@ -514,6 +514,8 @@ def _functions(cell: Cell) -> tuple[str, Any, Any]:
     lay, source = Layout.of(cell), tile_source(cell)
     scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, store_n=store_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
     exec(compile(source, f"<cell {cell.name}>", "exec"), scope)
+    for name in ("forward_tile", "backward_tile"):
+        scope[name].__qualname__ = unique_name(name, source)
     tiles = [njit(**JIT_OPTIONS)(scope[name]) for name in ("forward_tile", "backward_tile")]
     return source, *_drivers(lay, *tiles)
 

@@ -9,10 +9,13 @@ builds its own gang.
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 
 from llvmlite import ir
@@ -21,6 +24,8 @@ from . import isa
 from .simd import I32, I64, call, operation, pointer
 
 __all__ = ["barrier", "get_num_threads", "run", "set_num_threads"]
+
+Kernel = Callable[[int, int, int], None]  # (plan, shard, shards)
 
 SPINS = 200  # pauses before a waiting shard offers its core to others
 FLAG_BYTES = 64  # one cache line a shard
@@ -87,23 +92,37 @@ def leave_cpu(cpu: int) -> None:
             os.sched_setaffinity(0, allowed)
 
 
+class _Job:
+    """One dispatch: what its shards call, and which of those on workers have finished, with what error."""
+
+    def __init__(self, kernel: Kernel, plan: int, shards: int) -> None:
+        self.kernel, self.plan, self.shards, self.cpu = kernel, plan, shards, current_cpu()
+        self.finished: list[BaseException | None] = []
+        self.bell: SimpleQueue[None] = SimpleQueue()  # rung whenever one more has finished
+
+    def run(self, shard: int) -> None:
+        error: BaseException | None = None
+        try:
+            leave_cpu(self.cpu)
+            self.kernel(self.plan, shard, self.shards)
+        except BaseException as raised:  # the caller's to raise
+            error = raised
+        self.finished.append(error)
+        self.bell.put(None)
+
+
 class _Worker:
-    """A thread that runs what it is handed and reports when it is done."""
+    """A thread that runs the shards it is handed."""
 
     def __init__(self) -> None:
-        self.inbox: SimpleQueue[tuple[Callable[[int, int, int], None], int, int, int, int]] = SimpleQueue()
-        self.outbox: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.inbox: SimpleQueue[tuple[_Job, int]] = SimpleQueue()
         threading.Thread(target=self._loop, name="numlstm", daemon=True).start()
 
     def _loop(self) -> None:
         while True:
-            kernel, plan, shard, shards, cpu = self.inbox.get()
-            try:
-                leave_cpu(cpu)
-                kernel(plan, shard, shards)
-                self.outbox.put(None)
-            except BaseException as error:  # handed to the caller, who raises it
-                self.outbox.put(error)
+            job, shard = self.inbox.get()
+            job.run(shard)
+            del job
 
 
 class _Gang:
@@ -111,41 +130,32 @@ class _Gang:
         self.lock = threading.Lock()
         self.workers: list[_Worker] = []
 
-    def run(self, kernel: Callable[[int, int, int], None], plan: int, shards: int) -> None:
+    def run(self, kernel: Kernel, plan: int, shards: int) -> None:
         with self.lock:
             while len(self.workers) < shards - 1:
                 self.workers.append(_Worker())
-            team = self.workers[: shards - 1]
-            cpu = current_cpu()
-            for k, worker in enumerate(team, 1):
-                worker.inbox.put((kernel, plan, k, shards, cpu))
-            errors: list[BaseException] = []
+            job, errors, started = _Job(kernel, plan, shards), [], []
+            calls = [partial(w.inbox.put, (job, k)) for k, w in enumerate(self.workers[: shards - 1], 1)]
+            calls += [partial(started.append, True), partial(kernel, plan, 0, shards)]
             try:
-                kernel(plan, 0, shards)
+                # One call of C code, in which Python raises no KeyboardInterrupt: all shards start, or none.
+                deque(map(operator.call, calls), maxlen=0)
             finally:
-                for worker in team:
-                    _collect(worker, errors)
+                # Whatever happens, the arrays must outlive every shard, also when Ctrl-C arrives here.
+                while started and len(job.finished) < shards - 1:
+                    try:
+                        job.bell.get()
+                    except BaseException as raised:
+                        errors.append(raised)
+        errors += [error for error in job.finished if error is not None]
         if errors:
             raise errors[0]
-
-
-def _collect(worker: _Worker, errors: list[BaseException]) -> None:
-    """Wait for a worker, whatever happens: the arrays must outlive every shard, also when Ctrl-C arrives here."""
-    while True:
-        try:
-            error = worker.outbox.get()
-        except KeyboardInterrupt as interrupt:
-            errors.append(interrupt)
-            continue
-        if error is not None:
-            errors.append(error)
-        return
 
 
 _gang = _Gang()
 
 
-def run(kernel: Callable[[int, int, int], None], plan: int, shards: int) -> None:
+def run(kernel: Kernel, plan: int, shards: int) -> None:
     """Call kernel(plan, shard, shards) for each shard, at the same time, and return when all are done."""
     if shards == 1:
         kernel(plan, 0, 1)

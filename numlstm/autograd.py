@@ -1,0 +1,625 @@
+"""Tensors, and the tape that differentiates whatever is computed with them.
+
+An operation is a forward pass on arrays and, for each input, its vector-Jacobian product: given the gradient
+of the loss with respect to the operation's output, that with respect to the input. While a `GradientTape`
+records, every operation that depends on a trainable `Variable` (or a watched tensor) leaves one node on it;
+`gradient` walks the nodes backwards (reverse mode: Griewank and Walther, Evaluating Derivatives, chapter 3),
+freeing each once it has been used. The operations are in ops.py; `apply` and `apply_joint` are all that a new
+one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar, Token
+from typing import Any, Union
+
+import numpy as np
+
+__all__ = ["GradientTape", "Tensor", "Variable", "apply", "apply_joint", "is_recording", "needs_gradient"]
+
+Array = Any  # a NumPy array, or the like of it on a device
+VJP = Callable[[Array], Array]
+TensorLike = Union["Tensor", np.ndarray, float, int, bool, Sequence[Any]]
+
+
+def _as_array(data: Any, dtype: Any) -> Array:
+    """`data` as an array: an array keeps its dtype, Python numbers with a fraction become float32."""
+    if isinstance(data, Tensor):
+        data = data.data
+    if not hasattr(data, "dtype"):
+        plain, data = data, np.asarray(data)
+        if dtype is None and data.dtype == np.float64 and not _holds_arrays(plain):
+            dtype = np.float32
+    if isinstance(data, np.generic):
+        data = np.asarray(data)
+    if data.dtype.kind not in "fiub":
+        raise ValueError(f"data: dtype {data.dtype} came, expected real numbers (float, int or bool)")
+    return data if dtype is None or data.dtype == dtype else data.astype(dtype)
+
+
+def _holds_arrays(data: Any) -> bool:
+    """Does this (nested) list hold anything that brings a dtype of its own?"""
+    if isinstance(data, (list, tuple)):
+        return any(_holds_arrays(d) for d in data)
+    return hasattr(data, "dtype") or hasattr(data, "__array__")
+
+
+class Tensor:
+    """An array whose computation a `GradientTape` can differentiate.
+
+    Arithmetic, comparison, indexing and the usual methods work as on an array, and NumPy's element-wise
+    functions (`np.exp(t)`) give Tensors. Comparisons give plain boolean arrays. Arrays keep their dtype;
+    Python numbers and lists of them become float32 (or an integer dtype), and a plain number never changes
+    the dtype of what it is combined with.
+
+    Arguments:
+        data: an array, a number, a nested list, or another Tensor (whose array is shared).
+        dtype: convert to this dtype.
+
+    Raises:
+        ValueError: `data` is not made of real numbers.
+
+    >>> t = Tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> (t * 2 + 1).sum(axis=0)
+    Tensor([10., 14.], dtype=float32)
+    """
+
+    # _origin: (the tape's token, the node's place on it, which of its outputs), or None: no tape knows it.
+    __slots__ = ("__weakref__", "_origin", "data", "mask")
+    trainable = False
+
+    data: Array
+    mask: Array | None
+    _origin: tuple[object, int, int] | None
+
+    def __init__(self, data: TensorLike, dtype: Any = None) -> None:
+        self.data = _as_array(data, dtype)
+        self.mask = None
+        self._origin = None
+
+    # What it holds
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.data.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    @property
+    def T(self) -> Tensor:
+        return ops.transpose(self)
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array, sharing memory where it can."""
+        from numlstm import backend
+
+        return backend.to_numpy(self.data)
+
+    def item(self) -> float | int | bool:
+        """The one value it holds, as a Python number."""
+        return self.data.item()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self.numpy()
+        if dtype is not None and values.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"a {values.dtype} Tensor can't be seen as {np.dtype(dtype)} without a copy")
+            return values.astype(dtype)
+        return values.copy() if copy else values
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[k] for k in range(len(self)))
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        values = np.array2string(self.numpy(), separator=", ", prefix=kind + "(", threshold=100)
+        return f"{kind}({values}, dtype={self.dtype})"
+
+    # Arithmetic
+    def __add__(self, other: Any) -> Tensor:
+        return ops.add(self, other)
+
+    def __radd__(self, other: Any) -> Tensor:
+        return ops.add(other, self)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return ops.subtract(self, other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return ops.subtract(other, self)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return ops.multiply(self, other)
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return ops.multiply(other, self)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return ops.divide(self, other)
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return ops.divide(other, self)
+
+    def __pow__(self, other: Any) -> Tensor:
+        return ops.power(self, other)
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return ops.power(other, self)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return ops.matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return ops.matmul(other, self)
+
+    def __neg__(self) -> Tensor:
+        return ops.negative(self)
+
+    def __pos__(self) -> Tensor:
+        return self
+
+    def __abs__(self) -> Tensor:
+        return ops.abs(self)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
+        """`np.exp(t)`, and `array * t`: the operation of ops.py with that name, so that no tape misses it."""
+        name = ufunc.__name__
+        if method == "__call__" and not kwargs:
+            if name in _COMPARISONS:
+                return ufunc(*(a.data if isinstance(a, Tensor) else a for a in args))
+            operation = ops.UFUNCS.get(name)
+            if operation is not None:
+                return operation(*args)
+        called = name if method == "__call__" else f"{name}.{method}"
+        raise TypeError(
+            f"numpy.{called} does not know Tensors: use an operation of numlstm.ops, "
+            f"or np.asarray(tensor) for its values, without a gradient"
+        )
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """`np.concatenate([t, u])` and the like: on the plain values, unless a tape would miss it."""
+        if is_recording() and function.__name__ not in _CONSTANTS:
+            raise TypeError(
+                f"numpy.{function.__name__} under a GradientTape would lose the gradient of a Tensor: use an "
+                f"operation of numlstm.ops, or np.asarray(tensor) for its values, without a gradient"
+            )
+        return function(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
+
+    # Comparison: plain boolean arrays
+    def __lt__(self, other: Any) -> Array:
+        return self.data < _values(other)
+
+    def __le__(self, other: Any) -> Array:
+        return self.data <= _values(other)
+
+    def __gt__(self, other: Any) -> Array:
+        return self.data > _values(other)
+
+    def __ge__(self, other: Any) -> Array:
+        return self.data >= _values(other)
+
+    def __eq__(self, other: object) -> Array:  # type: ignore[override]
+        return self.data == _values(other)
+
+    def __ne__(self, other: object) -> Array:  # type: ignore[override]
+        return self.data != _values(other)
+
+    __hash__ = object.__hash__  # by identity: a Tensor may be a key
+
+    # Methods: each is the operation of ops.py
+    def __getitem__(self, index: Any) -> Tensor:
+        return ops.getitem(self, index)
+
+    def reshape(self, *shape: Any) -> Tensor:
+        return ops.reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+
+    def transpose(self, *axes: Any) -> Tensor:
+        if not axes:
+            return ops.transpose(self)
+        return ops.transpose(self, axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes)
+
+    def astype(self, dtype: Any) -> Tensor:
+        return ops.astype(self, dtype)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return ops.sum(self, axis, keepdims)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return ops.mean(self, axis, keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return ops.max(self, axis, keepdims)
+
+    def min(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return ops.min(self, axis, keepdims)
+
+
+_COMPARISONS = {
+    "less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "isnan", "isfinite", "isinf",
+}  # fmt: skip
+
+
+_CONSTANTS = {"shape", "ndim", "size", "zeros_like", "ones_like", "full_like", "empty_like", "result_type"}
+
+
+def _values(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _plain(x: Any) -> Any:
+    """Arguments of a NumPy function with the Tensors in them as arrays."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(_plain(v) for v in x)
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+class Variable(Tensor):
+    """A Tensor that is trained: a layer's weight. It owns its array, which `assign` writes in place.
+
+    Arguments:
+        data: the first values; copied.
+        name: how summaries and files call it.
+        trainable: whether tapes differentiate with respect to it.
+        regularizer: a function of the Variable that gives a penalty, or None.
+        constraint: a function from new values to permitted ones, applied after each update, or None.
+        dtype: convert to this dtype.
+
+    >>> w = Variable([1.0, 2.0], name="kernel")
+    >>> w.assign([3.0, 4.0])
+    >>> w
+    Variable([3., 4.], dtype=float32, name='kernel')
+    """
+
+    __slots__ = ("constraint", "name", "regularizer", "trainable")
+
+    def __init__(
+        self,
+        data: TensorLike,
+        name: str = "variable",
+        trainable: bool = True,
+        regularizer: Callable[[Tensor], Tensor] | None = None,
+        constraint: Callable[[Array], Array] | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(data, dtype)
+        self.data = self.data.copy(order="C")
+        self.name = name
+        self.trainable = trainable
+        self.regularizer = regularizer
+        self.constraint = constraint
+
+    def assign(self, value: TensorLike) -> None:
+        """Write new values in place.
+
+        Raises:
+            ValueError: another shape, a dtype that would lose more than precision (float into int), or no
+                numbers.
+        """
+        values = _as_array(value, None)
+        if values.shape != self.shape:
+            raise ValueError(f"{self.name}: values of shape {values.shape} came, expected {self.shape}")
+        if not np.can_cast(values.dtype, self.dtype, "same_kind"):
+            raise ValueError(f"{self.name}: values of dtype {values.dtype} came, expected {self.dtype}")
+        self.data[...] = values
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, name={self.name!r})"
+
+
+class _Node:
+    """One recorded operation: its inputs that need a gradient, and how to get it.
+
+    `vjp` is one function for each input, for an operation of one output (`outputs` is 0), or else one
+    function for all inputs, called with the gradients of all `outputs`.
+    """
+
+    __slots__ = ("inputs", "outputs", "vjp")
+
+    def __init__(self, inputs: tuple[Tensor, ...], vjp: Any, outputs: int) -> None:
+        self.inputs, self.vjp, self.outputs = inputs, vjp, outputs
+
+
+_ACTIVE: ContextVar[GradientTape | None] = ContextVar("numlstm_tape", default=None)
+
+
+class GradientTape:
+    """Records what is computed inside its `with` block, to differentiate it.
+
+    Trainable `Variable`s are followed by themselves; any other tensor must be watched: `tape.watch(x)`. A
+    tape serves one call of `gradient`, which frees what the operations kept as it goes; `persistent=True`
+    keeps it all for more calls.
+
+    Raises:
+        RuntimeError: a tape inside another one (gradients of gradients are not available), or one entered
+            twice.
+
+    >>> w = Variable([2.0, 3.0])
+    >>> with GradientTape() as tape:
+    ...     loss = (w * w).sum()
+    >>> tape.gradient(loss, [w])[0]
+    array([4., 6.], dtype=float32)
+    """
+
+    def __init__(self, persistent: bool = False) -> None:
+        self.persistent = persistent
+        self._nodes: list[_Node | None] = []
+        self._token = object()  # what tensors point at: a loss that is kept does not keep the tape
+        self._spent = False
+        self._entered: Token[GradientTape | None] | None = None
+
+    def __enter__(self) -> GradientTape:
+        if self._entered is not None:
+            raise RuntimeError("this GradientTape is already recording")
+        if _ACTIVE.get() is not None:
+            raise RuntimeError("a GradientTape inside another one: gradients of gradients are not available")
+        if self._spent:
+            raise RuntimeError("this GradientTape has been used: make a new one for the next step")
+        self._entered = _ACTIVE.set(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._entered is not None:
+            _ACTIVE.reset(self._entered)
+            self._entered = None
+
+    def watch(self, tensor: Tensor) -> None:
+        """Follow a tensor that is not a trainable Variable, such as a model's input, from here on.
+
+        Raises:
+            ValueError: not a Tensor of floats.
+        """
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"tensor: a {type(tensor).__name__} came, expected a Tensor")
+        if tensor.dtype.kind != "f":
+            raise ValueError(f"tensor: dtype {tensor.dtype} came, expected floats: others have no gradient")
+        if not self._follows(tensor):
+            tensor._origin = (self._token, -1, 0)
+
+    def _follows(self, tensor: Tensor) -> bool:
+        origin = tensor._origin
+        return tensor.trainable or (origin is not None and origin[0] is self._token)
+
+    def gradient(
+        self, loss: Tensor, sources: Sequence[Tensor], output_gradient: TensorLike | None = None
+    ) -> list[Array]:
+        """The gradient of `loss` with respect to each of `sources`: arrays of their shapes and dtypes.
+
+        Arguments:
+            loss: what was computed under this tape; one value, unless `output_gradient` is given.
+            sources: Variables, watched tensors, or results computed from those under this tape.
+            output_gradient: the gradient of some later value with respect to `loss`; 1 if not given.
+
+        Returns one array for each source; zeros where the loss does not depend on it. No two share memory.
+
+        Raises:
+            ValueError: a loss of more than one value without `output_gradient`, a wrong shape, a source that
+                nobody watched (its gradient would be zero without meaning it).
+            RuntimeError: the tape has been used already.
+        """
+        if self._spent:
+            raise RuntimeError(
+                "this GradientTape has been used: what the operations kept was freed by its first use. "
+                "Use GradientTape(persistent=True) for several calls"
+            )
+        sources = list(sources)
+        self._check(loss, sources)
+        seed = self._seed(loss, output_gradient)
+        self._spent = not self.persistent
+        leaves: dict[int, Array] = {}  # by id(source)
+        inner: dict[tuple[int, int], Array] = {}  # by (place, output): sources computed under the tape
+        places = [self._place(source) for source in sources]
+        for source, place in zip(sources, places, strict=True):
+            if place is None:
+                leaves[id(source)] = None
+            else:
+                inner[place] = None
+        place = self._place(loss)
+        if place is not None:
+            self._walk(place, seed, leaves, inner)
+        elif id(loss) in leaves:
+            leaves[id(loss)] = seed
+        if not self.persistent:
+            self._nodes.clear()
+        found = [leaves[id(s)] if p is None else inner[p] for s, p in zip(sources, places, strict=True)]
+        return _own(found, sources, seed)
+
+    def _place(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Where a tensor was computed on this tape, (node, output); None for leaves and strangers."""
+        origin = tensor._origin
+        if origin is None or origin[0] is not self._token or origin[1] < 0:
+            return None
+        return origin[1], origin[2]
+
+    def _check(self, loss: Tensor, sources: list[Tensor]) -> None:
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"loss: a {type(loss).__name__} came, expected a Tensor")
+        for k, source in enumerate(sources):
+            if not isinstance(source, Tensor):
+                raise ValueError(f"sources[{k}]: a {type(source).__name__} came, expected a Tensor")
+            if not self._follows(source):
+                kind = f"frozen Variable {source.name!r}" if isinstance(source, Variable) else "Tensor"
+                raise ValueError(
+                    f"sources[{k}]: the {kind} of shape {source.shape} is not followed by this tape: "
+                    f"call tape.watch() on it before it is used"
+                )
+
+    def _seed(self, loss: Tensor, output_gradient: TensorLike | None) -> Array:
+        if output_gradient is None:
+            if loss.size != 1:
+                raise ValueError(
+                    f"loss: shape {loss.shape} came, expected one value: take its mean, or give a gradient"
+                )
+            return np.ones_like(loss.data)
+        seed = _as_array(output_gradient, loss.dtype)
+        if seed.shape != loss.shape:
+            raise ValueError(f"output_gradient: shape {seed.shape} came, expected the loss's {loss.shape}")
+        return seed
+
+    def _walk(
+        self, place: tuple[int, int], seed: Array, leaves: dict[int, Array], inner: dict[Any, Array]
+    ) -> None:
+        """Send `seed` back from `place` through every node before it; fill in `leaves` and `inner`."""
+        nodes, token = self._nodes, self._token
+        top = place[0]
+        # What has arrived so far at each node: one array, or a list of them for a node with several outputs.
+        arrived: list[Any] = [None] * (top + 1)
+        arrived[top] = seed
+        if nodes[top].outputs:  # type: ignore[union-attr]
+            arrived[top] = [None] * nodes[top].outputs  # type: ignore[union-attr]
+            arrived[top][place[1]] = seed
+        for at in range(top, -1, -1):
+            node, dy = nodes[at], arrived[at]
+            arrived[at] = None
+            if not self.persistent:
+                nodes[at] = None
+            if dy is None or node is None:
+                continue
+            if inner:
+                for output, d in enumerate(dy if node.outputs else (dy,)):
+                    if (at, output) in inner:
+                        inner[at, output] = d
+            gradients = node.vjp(*dy) if node.outputs else [f(dy) for f in node.vjp]
+            for x, g in zip(node.inputs, gradients, strict=True):
+                if g is None:
+                    continue
+                if g.shape != x.data.shape:
+                    g = _unbroadcast(g, x.data.shape)
+                origin = x._origin
+                if origin is None or origin[0] is not token or origin[1] < 0:
+                    key = id(x)
+                    if key in leaves:
+                        before = leaves[key]
+                        leaves[key] = g if before is None else before + g
+                    continue
+                to = origin[1]
+                outputs = nodes[to].outputs  # type: ignore[union-attr]
+                if not outputs:
+                    before = arrived[to]
+                    arrived[to] = g if before is None else before + g
+                else:
+                    slots = arrived[to]
+                    if slots is None:
+                        slots = arrived[to] = [None] * outputs
+                    before = slots[origin[2]]
+                    slots[origin[2]] = g if before is None else before + g
+
+
+def _unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum a gradient over the axes along which its operand was broadcast."""
+    extra = gradient.ndim - len(shape)
+    if extra:
+        gradient = gradient.sum(axis=tuple(range(extra)))
+    stretched = tuple(k for k, n in enumerate(shape) if n == 1 and gradient.shape[k] != 1)
+    return gradient.sum(axis=stretched, keepdims=True) if stretched else gradient
+
+
+def _own(gradients: list[Array], sources: list[Tensor], seed: Array) -> list[Array]:
+    """The gradients as writable arrays that share no memory, as optimizers scale in place. Zeros for None."""
+    # Arrays by the memory they live in, where a kernel may have put several side by side. The seed is the
+    # caller's own.
+    neighbours: dict[int, list[Array]] = {_owner(seed): [seed]}
+    result = []
+    for g, source in zip(gradients, sources, strict=True):
+        if g is None:
+            result.append(np.zeros_like(source.data))
+            continue
+        if g.dtype != source.data.dtype or not isinstance(g, type(source.data)):
+            g = np.asarray(g, source.data.dtype)
+        others = neighbours.setdefault(_owner(g), [])
+        if not g.flags.writeable or (others and any(np.may_share_memory(g, other) for other in others)):
+            g = g.copy()
+        else:
+            others.append(g)
+        result.append(g)
+    return result
+
+
+def _owner(a: Array) -> int:
+    return id(a if a.base is None else a.base)
+
+
+def is_recording() -> bool:
+    """Is a tape recording, in this context?"""
+    return _ACTIVE.get() is not None
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Is a tape recording that follows one of these? An operation asks before it keeps anything costly."""
+    tape = _ACTIVE.get()
+    if tape is not None:
+        for t in tensors:
+            if t is not None and tape._follows(t):
+                return True
+    return False
+
+
+def apply(data: Array, *edges: tuple[Tensor, VJP]) -> Tensor:
+    """The Tensor that an operation returns: `data`, recorded with an (input, vector-Jacobian product) each.
+
+    A product is called with the gradient of the output and gives that of its input; it need not undo
+    broadcasting. Those of inputs that need no gradient are dropped, with all that they hold on to.
+
+    >>> x = Variable([1.0, 2.0])
+    >>> def cube(x):
+    ...     return apply(x.data**3, (x, lambda dy: dy * 3 * x.data**2))
+    >>> with GradientTape() as tape:
+    ...     y = cube(x).sum()
+    >>> tape.gradient(y, [x])[0]
+    array([ 3., 12.], dtype=float32)
+    """
+    out = Tensor.__new__(Tensor)
+    out.data = np.asarray(data) if isinstance(data, np.generic) else data
+    out.mask = out._origin = None
+    tape = _ACTIVE.get()
+    if tape is not None:
+        token = tape._token
+        followed = [e for e in edges if e[0].trainable or ((o := e[0]._origin) is not None and o[0] is token)]
+        if followed:
+            inputs, vjps = zip(*followed, strict=True)
+            out._origin = (token, len(tape._nodes), 0)
+            tape._nodes.append(_Node(inputs, vjps, 0))
+    return out
+
+
+def apply_joint(
+    data: Sequence[Array], inputs: Sequence[Tensor], vjp: Callable[..., Sequence[Array | None]]
+) -> tuple[Tensor, ...]:
+    """The Tensors of an operation whose gradients are computed together, or that has several outputs.
+
+    `vjp` is called with one gradient for each output, None for an output that the loss does not use, and
+    gives one for each of `inputs`, or None.
+    """
+    outs = tuple(Tensor(d) for d in data)
+    if needs_gradient(*inputs):
+        tape = _ACTIVE.get()
+        place = len(tape._nodes)
+        for k, out in enumerate(outs):
+            out._origin = (tape._token, place, k)
+        tape._nodes.append(_Node(tuple(inputs), vjp, len(outs)))
+    return outs
+
+
+# Last, because ops.py is made of the names above, and the operators of a Tensor are made of ops.
+from numlstm import ops  # noqa: E402

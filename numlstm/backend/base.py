@@ -1,0 +1,268 @@
+"""What a backend is: one surface of operations on arrays, each served by the kernel that the registry names.
+
+The registry is keyed by (operation, cell or option, dtype, device); "*" stands for any. A backend asks it
+once for each key and remembers. Where its own device has no kernel for a key, NumPy serves (the `reference`
+device), `lookup` says so and `strict` raises. `Backend` itself is the `reference` backend, complete for
+every float dtype; the others change what the registry holds for their device, and no more than they must of
+this class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Backend", "Kernel", "lookup", "register"]
+
+Array = Any
+OPERATIONS = (
+    "sequence",
+    "matmul",
+    "batched_matmul",
+    "softmax_cross_entropy",
+    "embedding",
+    "layer_norm",
+    "dropout_mask",
+    "optimizer",
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry of the registry: the module whose functions serve an operation, and why it is this one.
+
+    Attributes:
+        operation, option, dtype, device: the key; "*" for any option or dtype.
+        module: the module's name; imported when first used.
+        why: one sentence for people.
+        differentiable: has a checked backward pass; without one it is never picked where a gradient is
+            needed.
+        fallback: serves a device that has no kernel of its own for this key.
+    """
+
+    operation: str
+    option: str
+    dtype: str
+    device: str
+    module: str
+    why: str
+    differentiable: bool = True
+    fallback: bool = False
+
+    def functions(self) -> Any:
+        """The module, imported."""
+        return importlib.import_module(self.module)
+
+
+_REGISTRY: dict[tuple[str, str, str, str], Kernel] = {}
+
+
+def register(
+    operation: str,
+    module: str,
+    why: str,
+    *,
+    option: str = "*",
+    dtype: str = "*",
+    device: str,
+    differentiable: bool = True,
+) -> None:
+    """Enter a kernel: `module` serves `operation` on `device`, for a cell or option and a dtype ("*": any).
+
+    Raises:
+        ValueError: an operation that no backend has, or a key that is taken.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation: {operation!r} came, expected one of {', '.join(OPERATIONS)}")
+    key = (operation, option, dtype, device)
+    if key in _REGISTRY:
+        raise ValueError(f"a kernel for {key} is registered already: {_REGISTRY[key].module}")
+    _REGISTRY[key] = Kernel(operation, option, dtype, device, module, why, differentiable)
+
+
+def lookup(
+    operation: str, option: str = "*", dtype: Any = np.float32, device: str = "cpu", *, gradient: bool = False
+) -> Kernel:
+    """The kernel that serves an operation on a device, and why: the closest key, else NumPy's.
+
+    Arguments:
+        operation: one of sequence, matmul, batched_matmul, softmax_cross_entropy, embedding, layer_norm,
+            dropout_mask, optimizer.
+        option: the cell's name for a sequence; the update's name for an optimizer.
+        dtype: a float dtype, or its name.
+        device: "cpu", "cuda" or "reference".
+        gradient: only kernels with a checked backward pass.
+
+    Raises:
+        ValueError: an unknown operation.
+
+    >>> lookup("sequence", "lstm", "float32", "reference").module
+    'numlstm.kernels.reference'
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation: {operation!r} came, expected one of {', '.join(OPERATIONS)}")
+    name = np.dtype(dtype).name
+    for where in dict.fromkeys((device, "reference")):
+        for key in ((option, name), ("*", name), (option, "*"), ("*", "*")):
+            kernel = _REGISTRY.get((operation, *key, where))
+            if kernel is not None and (kernel.differentiable or not gradient):
+                if where == device:
+                    return kernel
+                lacking = f"{device} has no {name} kernel for this{' with a gradient' if gradient else ''}"
+                return replace(kernel, why=f"{lacking}: {kernel.why}", fallback=True)
+    raise ValueError(f"no kernel serves {operation} ({option}, {name}) on {device}")
+
+
+class Backend:
+    """Plain NumPy, for any float dtype: the oracle, and the `reference` backend.
+
+    Arguments:
+        strict: raise where the device has no kernel of its own, instead of letting NumPy serve.
+
+    >>> Backend().matmul(np.eye(2), np.ones((2, 3)), np.zeros(3)).shape
+    (2, 3)
+    """
+
+    name = "reference"
+    device = "reference"
+    xp = np
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self._found: dict[tuple[str, str, Any, bool], Any] = {}
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}{', strict' if self.strict else ''}>"
+
+    def functions(self, operation: str, option: str, dtype: Any, gradient: bool = False) -> Any:
+        """The module of the kernel that serves this key here.
+
+        Raises:
+            RuntimeError: under `strict`, where only a fallback serves.
+        """
+        key = (operation, option, dtype, gradient)
+        found = self._found.get(key)
+        if found is None:
+            kernel = lookup(operation, option, dtype, self.device, gradient=gradient)
+            if kernel.fallback and self.strict:
+                raise RuntimeError(f"strict: {operation} ({option}, {np.dtype(dtype).name}): {kernel.why}")
+            found = self._found[key] = kernel.functions()
+        return found
+
+    # Arrays
+    def asarray(self, a: Any, dtype: Any = None) -> Array:
+        """`a` as an array of this backend's device, without a copy where it is one already."""
+        return np.asarray(a, dtype)
+
+    def to_numpy(self, a: Array) -> np.ndarray:
+        """`a` as a NumPy array, without a copy where it is one already."""
+        return np.asarray(a)
+
+    # Recurrent sequences, time-major: the contract is in kernels/sequence.py
+    def sequence_forward(
+        self,
+        cell: Any,
+        x: Array,
+        kernel: Array,
+        recurrent_kernel: Array,
+        bias: Array | None,
+        params: tuple[Array, ...],
+        state: tuple[Array, ...] | None,
+        valid: Array | None,
+        *,
+        training: bool,
+        aux: tuple[Array, ...] = (),
+        recurrent_mask: Array | None = None,
+    ) -> Any:
+        """Run a cell over x (T, B, I): a `Forward(h, final, states, residual)`."""
+        serving = self.functions("sequence", cell.name, kernel.dtype, training)
+        out = serving.forward(
+            cell, x, kernel, recurrent_kernel, bias, params, state, valid,
+            training=training, aux=aux, recurrent_mask=recurrent_mask,
+        )  # fmt: skip
+        return out._replace(residual=(serving, out.residual)) if training else out
+
+    def sequence_backward(
+        self, residual: Any, dh: Array | None, dfinal: tuple[Array | None, ...], *, need_dx: bool = True
+    ) -> Any:
+        """The `Gradients` of `sequence_forward`, by the same kernel that ran it. A residual serves once."""
+        serving, kept = residual
+        return serving.backward(kept, dh, dfinal, need_dx=need_dx)
+
+    # Products and lookups
+    def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:
+        """a (M, K) times b (K, N), plus bias (N,)."""
+        return self.functions("matmul", "*", a.dtype).matmul(a, b, bias=bias)
+
+    def batched_matmul(self, a: Array, b: Array) -> Array:
+        """a (..., M, K) times b (..., K, N), leading axes broadcast."""
+        return self.functions("batched_matmul", "*", a.dtype).batched_matmul(a, b)
+
+    def embedding(self, table: Array, ids: Array) -> Array:
+        """Rows of table (V, E) by integer ids of any shape."""
+        return self.functions("embedding", "*", table.dtype).embedding(table, ids)
+
+    def embedding_gradient(self, ids: Array, dy: Array, rows: int) -> Array:
+        """The table's gradient (rows, E), from ids (M,) and dy (M, E)."""
+        return self.functions("embedding", "*", dy.dtype).embedding_gradient(ids, dy, rows)
+
+    # Rows
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Array, Array]:
+        """Losses (M,) and probabilities minus one-hot (M, V), for logits (M, V) and integer labels (M,)."""
+        serving = self.functions("softmax_cross_entropy", "*", logits.dtype)
+        return serving.softmax_cross_entropy(logits, labels)
+
+    def layer_norm(self, x: Array, gamma: Array | None, beta: Array | None, eps: float) -> tuple[Array, Any]:
+        """Rows of x (M, F) normalised, times gamma (F,), plus beta (F,); and the residual for the
+        gradient."""
+        return self.functions("layer_norm", "*", x.dtype).layer_norm(x, gamma, beta, eps)
+
+    def layer_norm_gradient(self, residual: Any, dy: Array) -> tuple[Array, Array, Array]:
+        """The gradients of x, gamma and beta."""
+        return self.functions("layer_norm", "*", dy.dtype).layer_norm_gradient(residual, dy)
+
+    # Random masks
+    def dropout_mask(
+        self, shape: tuple[int, ...], rate: float, seed: int, stream: int, dtype: Any = np.float32
+    ) -> Array:
+        """0 with probability `rate`, else 1 / (1 - rate): element i depends on (seed, stream, i) only."""
+        return self.functions("dropout_mask", "*", np.dtype(dtype)).dropout_mask(
+            shape, rate, seed, stream, dtype
+        )
+
+    # Optimizers' updates, in place, one call a variable
+    def sgd_update(
+        self, w: Array, g: Array, v: Array | None, lr: float, momentum: float, nesterov: bool
+    ) -> None:
+        """One step of SGD; `v` holds the momentum."""
+        serving = self.functions("optimizer", "sgd", w.dtype)
+        serving.sgd_update(w, g, v, float(lr), float(momentum), bool(nesterov))
+
+    def rmsprop_update(
+        self, w: Array, g: Array, ms: Array, mg: Array | None, mom: Array | None,
+        lr: float, rho: float, momentum: float, eps: float,
+    ) -> None:  # fmt: skip
+        """One step of RMSprop; `mg` for the centred form, `mom` for momentum."""
+        serving = self.functions("optimizer", "rmsprop", w.dtype)
+        serving.rmsprop_update(w, g, ms, mg, mom, float(lr), float(rho), float(momentum), float(eps))
+
+    def adam_update(
+        self, w: Array, g: Array, m: Array, v: Array, vhat: Array | None,
+        lr_t: float, beta1: float, beta2: float, eps: float, weight_decay_times_lr: float,
+    ) -> None:  # fmt: skip
+        """One step of Adam or AdamW; `vhat` for AMSGrad. `lr_t` holds the step's bias corrections."""
+        serving = self.functions("optimizer", "adam", w.dtype)
+        serving.adam_update(
+            w, g, m, v, vhat, float(lr_t), float(beta1), float(beta2), float(eps),
+            float(weight_decay_times_lr)
+        )  # fmt: skip
+
+
+for _operation in OPERATIONS:
+    _module = (
+        "numlstm.kernels.reference" if _operation == "sequence" else "numlstm.kernels.reference_pointwise"
+    )
+    register(_operation, _module, "plain NumPy, any float dtype", device="reference")

@@ -1,0 +1,39 @@
+"""The CPU backend: fused float32 kernels compiled by Numba, and NumPy for the rest.
+
+Nothing here imports Numba: the registry names the kernels' modules, and the first use of each imports it.
+"""
+
+from __future__ import annotations
+
+from .base import Backend, register
+
+__all__ = ["CpuBackend"]
+
+
+class CpuBackend(Backend):
+    """Float32 on this machine's processors.
+
+    >>> CpuBackend().name
+    'cpu'
+    """
+
+    name = "cpu"
+    device = "cpu"
+
+
+_FUSED = {  # operation: module of numlstm.kernels.cpu, why
+    "sequence": ("sequence", "input product, recurrent product and gates in one compiled pass"),
+    "matmul": ("gemm", "packed and vectorised for this processor"),
+    "batched_matmul": ("batched", "each product by one thread, all in one dispatch"),
+    "softmax_cross_entropy": ("pointwise", "loss and gradient in one compiled pass over the rows"),
+    "dropout_mask": ("pointwise", "compiled Philox, the same bits as every backend's"),
+    "optimizer": ("pointwise", "one compiled pass over each weight and its slots"),
+}
+_NUMPY = {
+    "embedding": "NumPy's gather, and a sorted sum of runs for the gradient",
+    "layer_norm": "NumPy: no fused kernel yet",
+}
+for _operation, (_module, _why) in _FUSED.items():
+    register(_operation, f"numlstm.kernels.cpu.{_module}", _why, dtype="float32", device="cpu")
+for _operation, _why in _NUMPY.items():
+    register(_operation, "numlstm.kernels.reference_pointwise", _why, device="cpu")

@@ -1,0 +1,252 @@
+"""`numlstm evaluate`, `predict`, `info`, `warmup` and `bench`: using a model, and looking at the machine.
+
+What `evaluate` and `predict` do follows the model file: a language model takes a text, a forecasting model a
+table, and any other model arrays (.npz with `x` and `y`, or .npy).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from numlstm.cli import forecast, text
+from numlstm.cli.common import Backend, Json, Seed, command, load_model
+
+if TYPE_CHECKING:
+    from numlstm.models import Model
+
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (.safetensors).")]
+InputFile = Annotated[str, typer.Argument(metavar="FILE", help="Text, CSV table, or arrays (.npz, .npy).")]
+
+
+def evaluate(
+    model: ModelFile, file: InputFile, seed: Seed = 0, backend: Backend = None, as_json: Json = False
+) -> None:
+    """Judge a model on a file.
+
+    Nats a token of a text; on a table, the errors beside the trivial forecast's; else loss and metrics.
+    """
+    with command(as_json, seed, backend) as result:
+        trained, preprocessing = load_model(model)
+        kind = preprocessing.get("kind")
+        result |= {"model": model, "file": file}
+        if kind == text.KIND:
+            result |= text.judge_file(trained, preprocessing, file)
+        elif kind == forecast.KIND:
+            result |= forecast.judge_file(trained, preprocessing, file)
+        else:
+            result |= _evaluate_arrays(trained, file)
+
+
+def predict(
+    model: ModelFile,
+    file: InputFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write here: .csv for a table, .npy for arrays.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Tables: forecast from every row, not from the last only.")
+    ] = False,
+    seed: Seed = 0,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Say what comes next.
+
+    The rows after a table's end, the likeliest tokens after a text, or any other model's outputs.
+    """
+    with command(as_json, seed, backend) as result:
+        trained, preprocessing = load_model(model)
+        kind = preprocessing.get("kind")
+        if every and kind != forecast.KIND:
+            raise ValueError(f"--every is for forecasting models, and {model} is none")
+        if out is not None and kind == text.KIND:
+            raise ValueError("--out is for tables and arrays; a text's next tokens are printed")
+        result |= {"model": model, "file": file}
+        if kind == text.KIND:
+            result["next"] = text.next_tokens(trained, preprocessing, file)
+        elif kind == forecast.KIND:
+            header, rows = forecast.forecast_rows(trained, preprocessing, file, every=every)
+            _write_table(header, rows, out)
+            result |= {"columns": header, "rows": rows}
+        else:
+            result |= _predict_arrays(trained, file, out, as_json)
+        if out is not None:
+            result["written"] = out
+            print(f"Written: {out}")
+
+
+def _write_table(header: list[str], rows: list[list[Any]], out: Path | None) -> None:
+    from numlstm.io.atomic import write_text
+
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    if out is None:
+        print(lines.getvalue(), end="")
+    else:
+        write_text(out, lines.getvalue())
+
+
+def _arrays(file: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, or a .npy file's as `x`; never unpickles."""
+    path = Path(file)
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"this model takes arrays: a .npz file with x (and y), or a .npy file; got {file}")
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            arrays = dict(loaded) if path.suffix == ".npz" else {"x": loaded}
+    except FileNotFoundError:
+        raise ValueError(f"no file {file!r}") from None
+    except Exception as error:  # a damaged archive raises half a dozen kinds
+        raise ValueError(f"{file} holds no readable arrays: {error}") from None
+    if "x" not in arrays:
+        raise ValueError(f"{file} has no array x; it holds: {', '.join(arrays) or 'nothing'}")
+    return arrays
+
+
+def _options(arrays: dict[str, np.ndarray], names: tuple[str, ...], file: str) -> dict[str, np.ndarray]:
+    strangers = sorted(set(arrays) - {"x", *names})
+    if strangers:
+        raise ValueError(
+            f"{file} holds arrays of unknown use: {', '.join(strangers)}; known: x, {', '.join(names)}"
+        )
+    return {name: array for name, array in arrays.items() if name != "x"}
+
+
+def _evaluate_arrays(model: Model, file: str) -> dict[str, Any]:
+    arrays = _arrays(file)
+    options = _options(arrays, ("y", "sample_weight", "mask", "lengths"), file)
+    if "y" not in options:
+        raise ValueError(f"{file} has no array y to compare with")
+    if getattr(model, "optimizer", None) is None:
+        raise ValueError("this model was saved without compile(): it has no loss to evaluate")
+    figures = model.evaluate(arrays["x"], **options, verbose=0, return_dict=True)
+    for name, value in figures.items():
+        print(f"{name}: {value:.6g}")
+    return {"metrics": figures}
+
+
+def _predict_arrays(model: Model, file: str, out: Path | None, as_json: bool) -> dict[str, Any]:
+    from numlstm.io.atomic import atomic_write
+
+    arrays = _arrays(file)
+    arrays.pop("y", None)  # the file that was evaluated may be predicted too
+    output = np.asarray(model.predict(arrays["x"], **_options(arrays, ("mask", "lengths"), file), verbose=0))
+    if out is not None:
+        if out.suffix != ".npy":
+            raise ValueError(f"--out must end in .npy for a model of arrays, got {out}")
+        with atomic_write(out) as stream:
+            np.save(stream, output, allow_pickle=False)
+        return {"shape": list(output.shape)}
+    if as_json:
+        return {"shape": list(output.shape), "prediction": output}
+    print(np.array2string(output, threshold=200, precision=6))
+    return {}
+
+
+def info(
+    seed: Seed = 0,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, backends and processor."""
+    from numlstm.backend import backends
+    from numlstm.kernels.cpu import cache, isa, threads
+
+    with command(as_json, seed, backend) as result:
+        folder = cache.directory()
+        packages = (
+            "numpy",
+            "numba",
+            "llvmlite",
+            "safetensors",
+            "rich",
+            "typer",
+            "matplotlib",
+            "torch",
+            "cupy",
+        )
+        result |= {
+            "numlstm": _version("numlstm"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processor": isa.describe(),
+            "cores": os.cpu_count(),
+            "threads": threads.get_num_threads(),
+            "kernel_cache": "off" if folder is None else str(folder),
+            "backends": {name: reason or "usable" for name, reason in backends().items()},
+            "packages": {name: _version(name) for name in packages},
+        }
+        for name, value in result.items():
+            if name in ("seed", "backends", "packages"):
+                continue
+            print(f"{name.replace('_', ' '):<14}{value}" + (" (chosen now)" if name == "backend" else ""))
+        print("\nBackends")
+        for name, state in result["backends"].items():
+            print(f"  {name:<12}{state}")
+        print("\nPackages")
+        for name, version in result["packages"].items():
+            print(f"  {name:<12}{version or 'not installed'}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def warmup(seed: Seed = 0, backend: Backend = None, as_json: Json = False) -> None:
+    """Compile the kernels beforehand.
+
+    The first training then starts at once; compiled kernels stay in the cache that `info` shows.
+    """
+    import numlstm as nl
+
+    with command(as_json, seed, backend) as result:
+        result["seconds"] = {}
+        x = np.zeros((2, 3, 4), dtype=np.float32)
+        y = np.zeros((2, 1), dtype=np.float32)
+        for name in ("LSTM", "GRU", "SimpleRNN"):
+            layer = getattr(nl.layers, name, None)
+            if layer is None:
+                continue
+            began = time.perf_counter()
+            model = nl.Sequential([layer(8, input_shape=(3, 4)), nl.layers.Dense(1)])
+            model.compile(optimizer="adam", loss="mse")
+            model.fit(x, y, epochs=1, verbose=0)
+            model.predict(x, verbose=0)
+            result["seconds"][name] = time.perf_counter() - began
+            print(f"{name:<10} {result['seconds'][name]:5.2f} s")
+
+
+def bench(context: typer.Context) -> None:
+    """Measure speed beside PyTorch's.
+
+    Runs a checkout's `python -m benchmarks.cpu`; options are handed on to it.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "cpu.py").is_file():
+        raise ValueError(
+            "the benchmarks come with the source, not with the installed package: in a checkout of the "
+            "repository run 'make test-peers', then 'numlstm bench' from its environment"
+        )
+    if find_spec("torch") is None:
+        raise ValueError("the benchmarks compare with PyTorch: pip install 'numlstm[peers]'")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.cpu", *context.args], cwd=root, check=False)
+    raise typer.Exit(done.returncode)

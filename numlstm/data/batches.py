@@ -1,0 +1,513 @@
+"""One shape for all training data: whatever `fit` is given comes out as `Batch`es.
+
+Arrays and np.memmap are gathered batch by batch (a memmap is never read whole), lists of sequences of unequal
+length are padded batch by batch and get a mask, and generators, iterators and functions that return one are
+drawn from. With `steps` a batch is cut along time into chunks, for truncated backpropagation: (B, T, ...)
+becomes (B, steps, ...) pieces in order. Everything is checked on the way in: what does not fit raises a
+ValueError naming the argument and the row.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numlstm import random
+
+__all__ = ["ArrayBatches", "Batch", "Batches", "IteratorBatches", "as_batches", "cut", "pad"]
+
+Rows = slice | np.ndarray
+
+
+class Batch(NamedTuple):
+    """One batch, or one chunk in time of it: `x` (B, T, ...) and what belongs to it, ready for the model.
+
+    `y`, `sample_weight` and `mask` (B, T; True where a step counts) may be None. `first` and `last` tell
+    where a chunk stands in its batch; both are True for a batch that was not cut. `timed`: `y` has the time
+    axis of `x`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray | None = None
+    sample_weight: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    first: bool = True
+    last: bool = True
+    timed: bool = False
+
+
+class Batches:
+    """Base of the sources of batches. `rows`: samples in all, `steps`: batches in an epoch; None when
+    unknown."""
+
+    rows: int | None = None
+    steps: int | None = None
+    endless: bool = False  # can one iterator serve several epochs?
+
+    def epoch(
+        self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
+    ) -> Iterator[Batch]:
+        """The batches of one epoch, in a new random order if `shuffle`, cut along time into `chunk` steps if
+        given.
+
+        A `y` whose second axis is as long as the time axis of x is cut with it, unless `timed` is False.
+        """
+        raise NotImplementedError
+
+
+class ArrayBatches(Batches):
+    """Batches of arrays, memmaps or lists of sequences that share their first axis.
+
+    >>> x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    >>> [b.x.tolist() for b in ArrayBatches(x, batch_size=2).epoch()]
+    [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]]
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        batch_size: int | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        self.batch_size = _batch_size(batch_size)
+        self.x = _column("x", x, self.dtype)
+        self.y = None if y is None else _column("y", y, self.dtype)
+        self.sample_weight = (
+            None if sample_weight is None else _column("sample_weight", sample_weight, self.dtype)
+        )
+        self.rows = len(self.x)
+        self.steps = math.ceil(self.rows / self.batch_size)
+        self.mask = None if mask is None else _mask(mask, self.x)
+        self.lengths = None if lengths is None else _lengths(lengths, self.x)
+        if mask is not None and lengths is not None:
+            raise ValueError(
+                "give mask or lengths, not both: lengths are a mask of the first steps of each row"
+            )
+        for name in ("y", "sample_weight"):
+            column = getattr(self, name)
+            if column is not None and len(column) != self.rows:
+                raise ValueError(
+                    f"{name}: {len(column)} rows came, expected {self.rows}, the number of rows of x"
+                )
+
+    def split(self, fraction: float) -> tuple["ArrayBatches", "ArrayBatches"]:
+        """The first rows, and the last `fraction` of them, as two sources that share this one's memory."""
+        at = math.floor(self.rows * (1 - fraction))
+        if not 0 < at < self.rows:
+            raise ValueError(
+                f"validation_split: {fraction} of {self.rows} rows leaves {at} to train on "
+                f"and {self.rows - at} to validate"
+            )
+        return self.part(slice(0, at)), self.part(slice(at, self.rows))
+
+    def part(self, rows: slice) -> "ArrayBatches":
+        """The source that these rows are."""
+        part = object.__new__(ArrayBatches)
+        part.__dict__.update(self.__dict__)
+        for name in ("x", "y", "sample_weight"):
+            column = getattr(self, name)
+            setattr(part, name, None if column is None else column.part(rows))
+        part.mask = None if self.mask is None else self.mask[rows]
+        part.lengths = None if self.lengths is None else self.lengths[rows]
+        part.rows = rows.stop - rows.start
+        part.steps = math.ceil(part.rows / part.batch_size)
+        return part
+
+    def epoch(
+        self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
+    ) -> Iterator[Batch]:
+        order = random.generator().permutation(self.rows) if shuffle else None
+        for start in range(0, self.rows, self.batch_size):
+            stop = min(start + self.batch_size, self.rows)
+            rows = slice(start, stop) if order is None else order[start:stop]
+            if chunk is None:
+                yield self._gather(rows)
+            elif isinstance(self.x, Ragged):
+                yield from cut(self._gather(rows), chunk, timed)
+            else:
+                yield from self._gather_chunks(rows, chunk, timed)
+
+    def chunks(self, chunk: int) -> int | None:
+        """How many pieces an epoch has when cut into `chunk` steps; None when that depends on the order."""
+        if isinstance(self.x, Ragged):
+            return None
+        return self.steps * math.ceil(self.x.array.shape[1] / chunk) if self.x.array.ndim > 1 else self.steps
+
+    def _gather(self, rows: Rows) -> Batch:
+        """The batch of these rows."""
+        x, mask = self.x.take(rows), None
+        if isinstance(self.x, Ragged):
+            mask = self.x.mask(rows)
+        elif self.mask is not None:
+            mask = self.mask[rows]
+        elif self.lengths is not None:
+            mask = np.arange(x.shape[1]) < self.lengths[rows, None]
+        y = None if self.y is None else self.y.take(rows)
+        weight = None if self.sample_weight is None else self.sample_weight.take(rows)
+        return Batch(x, y, weight, mask, timed=_timed(x, y))
+
+    def _gather_chunks(self, rows: Rows, chunk: int, timed: bool) -> Iterator[Batch]:
+        """`cut(self._gather(rows), chunk)` without ever holding more than one chunk of a row."""
+        if self.x.array.ndim < 2:
+            raise ValueError(f"bptt_steps: x must have a time axis to cut; got shape {self.x.array.shape}")
+        time = self.x.array.shape[1]
+        timed = timed and _timed(self.x.array, None if self.y is None else getattr(self.y, "array", None))
+        weight_timed = self.sample_weight is not None and _timed(
+            self.x.array, getattr(self.sample_weight, "array", None)
+        )
+        for start in range(0, time, chunk):
+            span = slice(start, min(start + chunk, time))
+            x, mask = self.x.take(rows, span), None
+            if self.mask is not None:
+                mask = self.mask[rows][:, span]
+            elif self.lengths is not None:
+                mask = np.arange(span.start, span.stop) < self.lengths[rows, None]
+            y = None if self.y is None else self.y.take(rows, span if timed else None)
+            weight = None
+            if self.sample_weight is not None:
+                weight = self.sample_weight.take(rows, span if weight_timed else None)
+            yield Batch(x, y, weight, mask, start == 0, span.stop == time, timed)
+
+
+class IteratorBatches(Batches):
+    """Batches drawn from an iterable, an iterator, or a function that returns one for each epoch.
+
+    Each item is `x`, a tuple `(x, y)` or `(x, y, sample_weight)`, or a dict with the keys x, y,
+    sample_weight, mask and lengths. Items are checked like arrays given to `fit`; they come in the order in
+    which they are drawn.
+    """
+
+    def __init__(self, source: Any, *, dtype: Any = np.float32, name: str = "x") -> None:
+        self.source, self.dtype, self.name = source, np.dtype(dtype), name
+        self.steps = len(source) if hasattr(source, "__len__") and not callable(source) else None
+        self.endless = isinstance(source, Iterator)
+
+    def epoch(
+        self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
+    ) -> Iterator[Batch]:
+        source = self.source() if callable(self.source) else self.source
+        if not isinstance(source, Iterable):
+            raise ValueError(
+                f"{self.name}: the function gave a {type(source).__name__}, expected an iterator of batches"
+            )
+        for number, item in enumerate(source):
+            try:
+                batch = self._batch(item)
+            except ValueError as error:
+                raise ValueError(f"batch {number} of {self.name}: {error}") from error
+            yield from (batch,) if chunk is None else cut(batch, chunk, timed)
+
+    def _batch(self, item: Any) -> Batch:
+        if isinstance(item, tuple):
+            if not 1 <= len(item) <= 3:
+                raise ValueError(
+                    f"a tuple of {len(item)} came, expected (x,), (x, y) or (x, y, sample_weight)"
+                )
+            item = dict(zip(("x", "y", "sample_weight"), item, strict=False))
+        elif not isinstance(item, Mapping):
+            item = {"x": item}
+        unknown = sorted(set(item) - {"x", "y", "sample_weight", "mask", "lengths"})
+        if unknown or "x" not in item:
+            raise ValueError(
+                f"keys {sorted(item)} came, expected x and any of y, sample_weight, mask, lengths"
+            )
+        columns = ArrayBatches(**item, batch_size=2**62, dtype=self.dtype)
+        return columns._gather(slice(0, columns.rows))
+
+
+def as_batches(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    mask: Any = None,
+    lengths: Any = None,
+    batch_size: int | None = None,
+    dtype: Any = np.float32,
+) -> Batches:
+    """Whatever `fit`, `evaluate` and `predict` accept, as `Batches` whose floats have `dtype`.
+
+    Raises ValueError for what is empty, has the wrong rank, dtype or length, or holds NaN or infinity.
+
+    >>> len(next(as_batches([np.ones((3, 1)), np.ones((5, 1))]).epoch()).mask[0])
+    5
+    """
+    if isinstance(x, Batches):
+        return x
+    if x is None:
+        raise ValueError("x: got None, expected arrays, a list of sequences, or a source of batches")
+    if _is_source(x):
+        given = {
+            "y": y,
+            "sample_weight": sample_weight,
+            "mask": mask,
+            "lengths": lengths,
+            "batch_size": batch_size,
+        }
+        wrong = [name for name, value in given.items() if value is not None]
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)}: must not be given when x is a source of batches, which brings its own"
+            )
+        return IteratorBatches(x, dtype=dtype)
+    return ArrayBatches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=batch_size, dtype=dtype)
+
+
+def cut(batch: Batch, chunk: int, timed: bool = True) -> Iterator[Batch]:
+    """A batch in pieces of `chunk` steps (the last may be shorter); a `y` without a time axis goes with each.
+
+    >>> batch = Batch(np.zeros((2, 5, 1)), np.zeros((2, 5)), timed=True)
+    >>> [(b.x.shape[1], b.first, b.last) for b in cut(batch, 2)]
+    [(2, True, False), (2, False, False), (1, False, True)]
+    """
+    if batch.x.ndim < 2:
+        raise ValueError(f"bptt_steps: x must have a time axis to cut; got shape {batch.x.shape}")
+    time = batch.x.shape[1]
+    timed = timed and batch.timed
+    weight_timed = timed and _timed(batch.x, batch.sample_weight)
+    for start in range(0, time, chunk):
+        span = slice(start, min(start + chunk, time))
+        yield Batch(
+            np.ascontiguousarray(batch.x[:, span]),
+            batch.y[:, span] if timed else batch.y,
+            batch.sample_weight[:, span] if weight_timed else batch.sample_weight,
+            None if batch.mask is None else batch.mask[:, span],
+            start == 0,
+            span.stop == time,
+            timed,
+        )
+
+
+def pad(sequences: Sequence[np.ndarray], dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences (T_i, ...) side by side: the padded array (B, max T_i, ...), zeros behind each end, and the
+    lengths (B,).
+
+    >>> padded, lengths = pad([np.array([1, 2, 3]), np.array([4])])
+    >>> padded.tolist(), lengths.tolist()
+    ([[1, 2, 3], [4, 0, 0]], [3, 1])
+    """
+    lengths = np.fromiter((len(s) for s in sequences), np.int64, len(sequences))
+    longest = max(1, int(lengths.max()))  # a time axis of length 0 is no batch; a masked step is
+    padded = np.zeros((len(sequences), longest, *sequences[0].shape[1:]), dtype or sequences[0].dtype)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded, lengths
+
+
+# Columns: one argument of fit, whatever it is made of
+
+
+class _Dense:
+    """An array or memmap; `take` gives rows in the model's dtype, contiguous."""
+
+    def __init__(self, name: str, array: np.ndarray, dtype: np.dtype[Any], lazy: bool) -> None:
+        self.name, self.array, self.lazy = name, array, lazy
+        # Integers stay: they are ids or labels. All floats (and flags) become the model's dtype.
+        self.dtype = array.dtype if array.dtype.kind in "iu" else dtype
+        self.exact = array.dtype == self.dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def part(self, rows: slice) -> "_Dense":
+        part = object.__new__(_Dense)
+        part.__dict__.update(self.__dict__, array=self.array[rows])
+        return part
+
+    def take(self, rows: Rows, span: slice | None = None) -> np.ndarray:
+        array = self.array
+        if span is not None:
+            block = array[rows, span]
+        elif type(rows) is slice:
+            block = array[rows]
+        else:
+            block = array.take(rows, axis=0)
+        if not self.exact:
+            block = _cast(self.name, block, self.dtype, rows)
+        elif self.lazy or span is not None:
+            block = np.ascontiguousarray(block)
+        if self.lazy:
+            _check_finite(self.name, block, rows)
+        return block
+
+
+class Ragged:
+    """A list of sequences of unequal length, padded a batch at a time."""
+
+    def __init__(self, name: str, sequences: list[np.ndarray], dtype: np.dtype[Any]) -> None:
+        self.name, self.sequences = name, sequences
+        common = np.result_type(*{s.dtype for s in sequences})  # one float among ids makes them all floats
+        self.dtype = common if common.kind in "iu" else dtype
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def part(self, rows: slice) -> "Ragged":
+        part = object.__new__(Ragged)
+        part.__dict__.update(self.__dict__, sequences=self.sequences[rows])
+        return part
+
+    def _select(self, rows: Rows) -> list[np.ndarray]:
+        return self.sequences[rows] if isinstance(rows, slice) else [self.sequences[i] for i in rows]
+
+    def take(self, rows: Rows, span: slice | None = None) -> np.ndarray:
+        padded, _ = pad(self._select(rows), self.dtype)
+        return padded if span is None else padded[:, span]
+
+    def mask(self, rows: Rows) -> np.ndarray:
+        lengths = np.array([len(s) for s in self._select(rows)])
+        return np.arange(max(1, lengths.max())) < lengths[:, None]
+
+
+def _column(name: str, data: Any, dtype: np.dtype[Any]) -> _Dense | Ragged:
+    """`data` checked, as a column. Arrays in memory are looked through once, here; memmaps batch by batch."""
+    if isinstance(data, (tuple, Mapping)):
+        raise ValueError(
+            f"{name}: got a {type(data).__name__}; a model takes one array (or a list of sequences) here"
+        )
+    if isinstance(data, list) and _is_ragged(data):
+        return _ragged(name, data, dtype)
+    lazy = isinstance(data, np.memmap)
+    array = data if isinstance(data, np.ndarray) else _to_array(name, data)
+    _check_kind(name, array)
+    if array.ndim == 0:
+        raise ValueError(f"{name}: got a single value {array!r}, expected an array with one row a sample")
+    if array.size == 0:
+        raise ValueError(f"{name}: is empty, its shape is {array.shape}")
+    if not lazy:
+        _check_finite(name, array, slice(0, len(array)), dtype)
+    return _Dense(name, array, dtype, lazy)
+
+
+def _to_array(name: str, data: Any) -> np.ndarray:
+    try:
+        return np.asarray(data)
+    except ValueError as error:  # nested lists of unequal length
+        raise ValueError(
+            f"{name}: can't be made an array ({error}); give a list of arrays for unequal sequences"
+        ) from error
+
+
+def _is_ragged(data: list[Any]) -> bool:
+    """A list of sequences of which at least two differ in shape (equal ones are simply stacked)."""
+    if not all(isinstance(d, (list, tuple)) or np.ndim(d) > 0 for d in data):
+        return False
+    return len({np.shape(d) if hasattr(d, "shape") else len(d) for d in data}) > 1
+
+
+def _ragged(name: str, data: list[Any], dtype: np.dtype[Any]) -> Ragged:
+    sequences = [_to_array(f"{name}[{row}]", d) for row, d in enumerate(data)]
+    first = next(s for s in sequences if len(s))
+    # An empty list has neither dtype nor features: it takes those of the others.
+    sequences = [s if len(s) else np.zeros((0, *first.shape[1:]), first.dtype) for s in sequences]
+    for row, sequence in enumerate(sequences):
+        _check_kind(f"{name}[{row}]", sequence)
+        if sequence.shape[1:] != first.shape[1:]:
+            expected = ", ".join(["any length", *map(str, first.shape[1:])])
+            raise ValueError(f"{name}[{row}]: shape {sequence.shape} came, expected ({expected})")
+        _check_finite(name, sequence[None], np.array([row]), dtype)
+    return Ragged(name, sequences, dtype)
+
+
+def _is_source(x: Any) -> bool:
+    """A generator, iterator, function, or an iterable that is not data itself."""
+    if isinstance(x, (np.ndarray, list, tuple, Mapping)) or hasattr(x, "__array__") or hasattr(x, "dtype"):
+        return False
+    return isinstance(x, Iterable) or callable(x)
+
+
+# Checks
+
+
+def _batch_size(batch_size: int | None) -> int:
+    if batch_size is None:
+        return 32
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    return int(batch_size)
+
+
+def _check_kind(name: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "fiub":
+        hint = "; a list of arrays of unequal length may be given as a list" if array.dtype == object else ""
+        raise ValueError(f"{name}: dtype {array.dtype} came, expected numbers (float, int or bool){hint}")
+
+
+def _check_finite(name: str, array: np.ndarray, rows: Rows, dtype: Any = None) -> None:
+    """Raise for NaN, infinity, and what becomes infinite in `dtype`; looks at blocks of a few megabytes at a
+    time."""
+    if array.dtype.kind != "f":
+        return
+    narrows = dtype is not None and np.dtype(dtype).itemsize < array.dtype.itemsize
+    block = max(1, 2**20 // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array), block):
+        part = array[start : start + block]
+        if narrows:
+            with np.errstate(over="ignore"):
+                part = part.astype(dtype)
+        good = np.isfinite(part)
+        if not good.all():
+            _refuse(name, array, start + int(np.argwhere(~good)[0, 0]), np.argwhere(~good)[0], rows, start)
+
+
+def _refuse(name: str, array: np.ndarray, row: int, place: np.ndarray, rows: Rows, start: int) -> None:
+    """Say which value of which row is not finite; `rows` are the row numbers as the user counts them."""
+    value = array[(row, *place[1:])]
+    number = (rows.start or 0) + row if isinstance(rows, slice) else int(rows[row])
+    within = f", at {tuple(int(i) for i in place[1:])} within it" if array.ndim > 1 else ""
+    what = "is too large for float32" if np.isfinite(value) else "came, expected finite numbers"
+    raise ValueError(f"{name}: {value} in row {number}{within} {what}")
+
+
+def _cast(name: str, block: np.ndarray, dtype: np.dtype[Any], rows: Rows) -> np.ndarray:
+    """`block` in `dtype`. What would overflow has been refused, or is refused now (as infinity) for a
+    memmap."""
+    with np.errstate(over="ignore"):
+        return block.astype(dtype)
+
+
+def _mask(mask: Any, x: _Dense | Ragged) -> np.ndarray:
+    array = np.asarray(mask)
+    expected = _time_shape("mask", x)
+    if array.shape != expected:
+        raise ValueError(f"mask: shape {array.shape} came, expected {expected}: (batch, time) of x")
+    if array.dtype != bool:
+        if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
+            raise ValueError(f"mask: dtype {array.dtype} came, expected True and False, or 1 and 0")
+        array = array.astype(bool)
+    return array
+
+
+def _lengths(lengths: Any, x: _Dense | Ragged) -> np.ndarray:
+    array = np.asarray(lengths)
+    rows, time = _time_shape("lengths", x)
+    if array.shape != (rows,) or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"lengths: {array.dtype} of shape {array.shape} came, expected {rows} integers, one a row of x"
+        )
+    bad = np.flatnonzero((array < 0) | (array > time))
+    if bad.size:
+        raise ValueError(
+            f"lengths: {array[bad[0]]} came for row {bad[0]}, expected 0 to {time}, the time axis of x"
+        )
+    return array.astype(np.int64)
+
+
+def _time_shape(name: str, x: _Dense | Ragged) -> tuple[int, int]:
+    if isinstance(x, Ragged):
+        raise ValueError(f"{name}: must not be given with a list of sequences, whose lengths are known")
+    if x.array.ndim < 2:
+        raise ValueError(f"{name}: x of shape {x.array.shape} has no time axis, expected (batch, time, ...)")
+    return x.array.shape[:2]
+
+
+def _timed(x: np.ndarray, other: np.ndarray | None) -> bool:
+    """Does `other` have the time axis of `x`?"""
+    return other is not None and x.ndim > 1 and other.ndim > 1 and other.shape[1] == x.shape[1]

@@ -1,0 +1,168 @@
+"""Pictures of a training run: the learning curve, and a forecast beside what came true.
+
+Needs matplotlib (`pip install numlstm[plot]`), which is imported only here and only when a picture is drawn.
+Nothing touches matplotlib's global state, so that a notebook's own figures stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from numlstm.io.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["available", "forecast_figure", "learning_curve", "save"]
+
+# Okabe and Ito's palette: told apart by people with every kind of colour vision.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+
+
+def available() -> bool:
+    """Whether pictures can be drawn here."""
+    return find_spec("matplotlib") is not None
+
+
+def learning_curve(
+    history: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    unit: str,
+    reference: tuple[str, float] | None = None,
+) -> Figure:
+    """Loss by epoch, training and validation; `reference` is a named level to beat.
+
+    Raises:
+        ValueError: a history without "loss", or of unequal lengths.
+        ImportError: matplotlib is not installed.
+    """
+    if not history.get("loss"):
+        raise ValueError(f"history must hold 'loss', got {sorted(history)}")
+    figure, axes = _figure(1, 7.0, 4.2)
+    axes = axes[0]
+    epochs = np.arange(1, len(history["loss"]) + 1)
+    marker = "o" if len(epochs) <= 30 else ""
+    for key, label, colour in (("loss", "training", GREY), ("val_loss", "validation", BLUE)):
+        if history.get(key):
+            if len(history[key]) != len(epochs):
+                raise ValueError(f"history has {len(epochs)} values of loss but {len(history[key])} of {key}")
+            axes.plot(epochs, history[key], color=colour, marker=marker, markersize=4, label=label)
+    if reference is not None:
+        axes.axhline(
+            reference[1],
+            color=ORANGE,
+            linestyle="--",
+            linewidth=1,
+            label=f"{reference[0]}: {reference[1]:.4g}",
+        )
+    best = history.get("val_loss") or history["loss"]
+    at = int(np.argmin(best))
+    axes.annotate(
+        f"{best[at]:.4g}", (epochs[at], best[at]), xytext=(0, -14), textcoords="offset points", ha="center"
+    )
+    axes.margins(y=0.12)
+    axes.set(title=title, xlabel="epoch", ylabel=unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def forecast_figure(
+    truth: np.ndarray,
+    forecast: np.ndarray,
+    trivial: np.ndarray,
+    times: np.ndarray,
+    *,
+    target: str,
+    trivial_name: str,
+    time_name: str,
+    shown: int = 400,
+) -> Figure:
+    """What came true against what was forecast, and, beyond one step, the error by how far ahead.
+
+    All of `truth`, `forecast` and `trivial` are (M, horizon); `times` (M,) is when the last step of each row
+    came true. Only the last `shown` rows are drawn; the errors are over all of them.
+
+    Raises:
+        ValueError: arrays that do not fit together.
+        ImportError: matplotlib is not installed.
+    """
+    if not truth.shape == forecast.shape == trivial.shape or len(times) != len(truth) or truth.size == 0:
+        raise ValueError(
+            f"truth, forecast and trivial must have one shape (M, horizon) and times M entries; "
+            f"got {truth.shape}, {forecast.shape}, {trivial.shape}, {len(times)}"
+        )
+    horizon = truth.shape[1]
+    figure, axes = _figure(1 if horizon == 1 else 2, 9.0, 4.2 if horizon == 1 else 7.0)
+    last = slice(-shown, None)
+    top = axes[0]
+    steps = "one step" if horizon == 1 else f"{horizon} steps"
+    top.plot(times[last], trivial[last, -1], color=ORANGE, linewidth=1, alpha=0.7, label=trivial_name)
+    top.plot(times[last], truth[last, -1], color="black", linewidth=1.4, label="truth")
+    top.plot(times[last], forecast[last, -1], color=BLUE, linewidth=1.4, label="LSTM forecast")
+    of = "" if len(truth) <= shown else f" (last {shown:,} of {len(truth):,} test forecasts)"
+    top.set(title=f"{target}, forecast {steps} ahead{of}", xlabel=time_name, ylabel=target)
+    top.legend(frameon=False, ncols=3, loc="upper left")
+    top.margins(x=0.01)
+    low, high = top.get_ylim()
+    top.set_ylim(low, high + 0.12 * (high - low))  # room for the legend
+    if times.dtype.kind == "M":
+        _short_dates(top)
+    if horizon > 1:
+        _error_by_step(axes[1], truth, forecast, trivial, target, trivial_name)
+    return figure
+
+
+def _error_by_step(
+    axes: Axes, truth: np.ndarray, forecast: np.ndarray, trivial: np.ndarray, target: str, trivial_name: str
+) -> None:
+    steps = np.arange(1, truth.shape[1] + 1)
+    for values, label, colour in ((trivial, trivial_name, ORANGE), (forecast, "LSTM", BLUE)):
+        rmse = np.sqrt(np.mean((values - truth) ** 2, axis=0))
+        axes.plot(steps, rmse, color=colour, marker="o", markersize=4, label=label)
+    axes.set(
+        title="Error by how far ahead, whole test part", xlabel="steps ahead", ylabel=f"RMSE of {target}"
+    )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+
+
+def _short_dates(axes: Axes) -> None:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator()
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def _figure(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+    return figure, axes
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to a .png, .svg or .pdf file, whole or not at all.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    return path

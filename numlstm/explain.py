@@ -1,0 +1,77 @@
+"""Which kernel runs, layer by layer, and why: the answer to "is this as fast as it could be?".
+
+A layer says what it asks of the backend in `operations()`, a list of (operation, option); one that asks
+nothing is made of NumPy's element-wise functions. The answers come from the backend's own registry, the one
+that serves the calls.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numlstm.backend import get_backend, lookup
+from numlstm.layers.base import Layer
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Layer, *, backend: str | None = None, print_fn: Callable[[str], Any] | None = None
+) -> list[dict[str, str]]:
+    """Print, layer by layer, which kernel runs and why.
+
+    Arguments:
+        model: a model, or a single layer.
+        backend: "cpu", "reference", ...; by default what `compile` chose, else the one that would run now
+            (see `nl.use_backend`).
+        print_fn: takes each line, in place of `print`.
+
+    Returns what it printed, one dict a row: layer, type, operation, option, dtype, kernel, device, why.
+
+    Raises:
+        ValueError: not a layer, or an unknown backend. RuntimeError: a backend that can't be used here.
+
+    >>> from numlstm.layers import Dense
+    >>> explain(Dense(2, name="head"), backend="reference")[0]["kernel"]
+    backend: reference
+    head (Dense): matmul -> numlstm.kernels.reference_pointwise (plain NumPy, any float dtype)
+    'numlstm.kernels.reference_pointwise'
+    """
+    if not isinstance(model, Layer):
+        raise ValueError(f"model: expected a model or a layer, got {type(model).__name__}")
+    say = print_fn or print
+    settings = getattr(model, "_settings", None)  # what `compile` chose counts in fit and predict
+    serving = get_backend(backend or (settings.backend if settings else None))
+    say(f"backend: {serving.name}{', strict' if serving.strict else ''}")
+    rows = [row for path, layer in model.walk() if _asks(layer) for row in _rows(path, layer, serving.device)]
+    for row in rows:
+        what = row["operation"] + ("" if row["option"] == "*" else f" {row['option']}")
+        say(f"{row['layer']} ({row['type']}): {what} -> {row['kernel']} ({row['why']})")
+    return rows
+
+
+def _asks(layer: Layer) -> bool:
+    """Layers that only hold others speak through those."""
+    return not layer.has_children()
+
+
+def _rows(path: str, layer: Layer, device: str) -> list[dict[str, str]]:
+    base = {"layer": path or layer.name, "type": type(layer).__name__, "dtype": layer.dtype}
+    asked = layer.operations()
+    if not asked:
+        why = "no operation of the backend is asked for"
+        return [
+            {
+                **base,
+                "operation": "element-wise",
+                "option": "*",
+                "kernel": "numpy",
+                "device": device,
+                "why": why,
+            }
+        ]
+    rows = []
+    for operation, option in asked:
+        kernel = lookup(operation, option, layer.dtype, device, gradient=True)
+        found = {"kernel": kernel.module, "device": kernel.device, "why": kernel.why}
+        rows.append({**base, "operation": operation, "option": option, **found})
+    return rows

@@ -1,0 +1,745 @@
+"""Losses: how far predictions are from targets, with Keras' names, defaults and formulas.
+
+A loss is computed in two steps. `call` gives one value a sample (and time step): shape (B,) or (B, T), the
+last axis of the predictions being averaged or summed away. The reduction then weighs and averages these
+values: by default their sum over their number; under a mask, over the number of unmasked ones; sample weights
+multiply the values, not the number (Keras' `sum_over_batch_size`). Strings name them in Keras' and
+TensorFlow.js' spellings.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from numlstm import ops
+from numlstm.autograd import Tensor, apply
+from numlstm.registry import Configurable, Registry, serialize
+
+__all__ = [
+    "BinaryCrossentropy",
+    "CategoricalCrossentropy",
+    "CategoricalHinge",
+    "CosineSimilarity",
+    "FunctionLoss",
+    "Hinge",
+    "Huber",
+    "KLDivergence",
+    "LogCosh",
+    "Loss",
+    "MeanAbsoluteError",
+    "MeanAbsolutePercentageError",
+    "MeanSquaredError",
+    "MeanSquaredLogarithmicError",
+    "Poisson",
+    "SparseCategoricalCrossentropy",
+    "SquaredHinge",
+    "deserialize",
+    "get",
+    "serialize",
+]
+
+_registry: Registry[type["Loss"]] = Registry("loss")
+_functions: Registry[Callable[..., Any]] = Registry("function")  # a user's own: what `custom_objects` holds
+_EPSILON = 1e-7  # Keras' epsilon
+
+Reduction = Literal["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none"] | None
+_REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
+
+
+class Loss(Configurable):
+    """Base of all losses: write `call(y_true, y_pred)`, one value a sample; reduction and weights are done
+    here.
+
+    Arguments:
+        reduction: "sum_over_batch_size" (or "mean": the mean of all values), "sum", "mean_with_sample_weight"
+            (the sum over the sum of the weights), "none" or None (no reduction).
+        name: a label.
+
+    Raises ValueError for another reduction.
+
+    >>> class Furthest(Loss):
+    ...     def call(self, y_true, y_pred):
+    ...         return ops.max(ops.abs(y_pred - y_true), axis=-1)
+    >>> float(Furthest()(np.zeros((2, 2), np.float32), np.array([[1, -3], [5, 0]], np.float32)))
+    4.0
+    """
+
+    #: How labels are written, for class weights: "number", "one_hot" (last axis), or "value" (no classes).
+    labels: str = "value"
+
+    def __init__(self, reduction: Reduction = "sum_over_batch_size", name: str | None = None) -> None:
+        if reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"reduction: expected one of {', '.join(map(str, _REDUCTIONS))}; got {reduction!r}"
+            )
+        self.reduction = reduction
+        self.name = name or snake_case(type(self).__name__)
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        """One value a sample (and step). `y_true` comes as the user gave it, `y_pred` as a Tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must define call(y_true, y_pred)")
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> Tensor:
+        """The reduced loss, a scalar Tensor (or all values if the reduction is None).
+
+        `sample_weight` has the shape of the values, or its first axes; `mask` likewise; if None, that of
+        `y_pred` (`y_pred.mask`) is used. Raises ValueError for shapes that do not fit.
+        """
+        y_pred = y_pred if isinstance(y_pred, Tensor) else Tensor(y_pred)
+        mask = y_pred.mask if mask is None else mask
+        return self.reduce(self.call(y_true, y_pred), sample_weight, self.valid(y_true, mask))
+
+    def valid(self, y_true: Any, mask: Any) -> Any:
+        """The mask of the values that count, or None for all. Losses that ignore some labels narrow it."""
+        return mask
+
+    def reduce(self, values: Tensor, sample_weight: Any = None, mask: Any = None) -> Tensor:
+        """Weigh and average `values`, what `call` gave."""
+        weights = None if sample_weight is None else _fit("sample_weight", sample_weight, values)
+        # A function that gives one number in all has seen to its mask itself.
+        counted = None if mask is None or not values.ndim else _fit("mask", mask, values)
+        divisor: float = values.size
+        if counted is not None:
+            divisor = float(counted.sum(dtype=np.float64)) * (values.size / counted.size)
+            weights = counted if weights is None else weights * counted
+        if self.reduction == "mean_with_sample_weight" and weights is not None:
+            divisor = float(weights.sum(dtype=np.float64)) * (values.size / weights.size)
+        if self.reduction == "sum":
+            divisor = 1.0
+        if self.reduction in (None, "none"):
+            return values if weights is None else values * weights
+        return weighted_sum(values, weights, 1.0 / divisor if divisor else 0.0)
+
+
+def weighted_sum(values: Tensor, weights: np.ndarray | None, scale: float) -> Tensor:
+    """`scale * sum(values * weights)` as one operation: the end of every loss, so it should cost little."""
+    data = values.data if weights is None else values.data * weights
+    shape, factor = values.shape, values.dtype.type(scale)
+
+    def vjp(dy: Any) -> Any:
+        if weights is None:
+            return np.full(shape, dy * factor)
+        return np.broadcast_to(weights * (dy * factor), shape)
+
+    return apply(data.sum() * factor, (values, vjp))
+
+
+def _fit(name: str, weights: Any, values: Tensor) -> np.ndarray:
+    """`weights` as an array of the values' dtype that broadcasts over their trailing axes."""
+    w = np.asarray(weights.data if isinstance(weights, Tensor) else weights, values.dtype)
+    if w.ndim == values.ndim + 1 and w.shape[-1] == 1:
+        w = w[..., 0]
+    if w.ndim > values.ndim or any(n not in (1, m) for n, m in zip(w.shape, values.shape, strict=False)):
+        raise ValueError(f"{name}: shape {w.shape} came, expected {values.shape} or its first axes")
+    return w.reshape(w.shape + (1,) * (values.ndim - w.ndim)) if w.ndim else w
+
+
+def pair(y_true: Any, y_pred: Any) -> tuple[Tensor, Tensor]:
+    """Both as Tensors of one dtype and shape; a missing last axis of length 1 is put in where it lacks."""
+    if not isinstance(y_pred, Tensor):
+        y_pred = Tensor(y_pred)
+    if y_pred.dtype.kind != "f":
+        y_pred = y_pred.astype(np.float32)
+    if not isinstance(y_true, Tensor):
+        y_true = Tensor(np.asarray(y_true, y_pred.dtype))
+    elif y_true.dtype != y_pred.dtype:
+        y_true = y_true.astype(y_pred.dtype)
+    if y_true.shape != y_pred.shape:
+        if (*y_true.shape, 1) == y_pred.shape:
+            y_true = y_true.reshape(y_pred.shape)
+        elif y_true.shape == (*y_pred.shape, 1):
+            y_pred = y_pred.reshape(y_true.shape)
+        else:
+            raise ValueError(
+                f"y: targets of shape {y_true.shape} came for predictions of shape {y_pred.shape}; "
+                f"both must have the same shape (but for a last axis of length 1)"
+            )
+    if y_pred.ndim == 0:
+        raise ValueError("y_pred: a single number came, expected at least one axis")
+    return y_true, y_pred
+
+
+# The functions: values a sample, as in keras.losses
+
+
+def mean_squared_error(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean((y_true - y_pred)**2)` over the last axis.
+
+    >>> mean_squared_error([[1.0, 2.0]], [[3.0, 2.0]])
+    Tensor([2.], dtype=float32)
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    error = y_pred.data - y_true.data
+    width = error.shape[-1]
+    if width == 1:  # the usual regression: nothing to average
+        values = np.square(error[..., 0])
+    else:
+        values = np.einsum("...i,...i->...", error, error) * error.dtype.type(1 / width)
+    slope = error.dtype.type(2 / width)
+
+    def vjp(dy: Any) -> Any:
+        return dy[..., None] * (slope * error)
+
+    return apply(values, (y_pred, vjp), (y_true, lambda dy: -vjp(dy)))
+
+
+def mean_absolute_error(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean(|y_true - y_pred|)` over the last axis.
+
+    >>> mean_absolute_error([[1.0, 2.0]], [[4.0, 1.0]])
+    Tensor([2.], dtype=float32)
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    return ops.mean(ops.abs(y_true - y_pred), axis=-1)
+
+
+def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Tensor:
+    """`100 * mean(|y_true - y_pred| / max(|y_true|, 1e-7))` over the last axis.
+
+    >>> mean_absolute_percentage_error([[2.0, 4.0]], [[1.0, 4.0]])
+    Tensor([25.], dtype=float32)
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    return 100.0 * ops.mean(ops.abs(y_true - y_pred) / ops.maximum(ops.abs(y_true), _EPSILON), axis=-1)
+
+
+def mean_squared_logarithmic_error(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean((log(1 + y_true) - log(1 + y_pred))**2)` over the last axis; both at least 1e-7.
+
+    >>> round(float(mean_squared_logarithmic_error([[0.0, 0.0]], [[1.0, 1.0]])[0]), 4)
+    0.4805
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    first = ops.log1p(ops.maximum(y_pred, _EPSILON))
+    second = ops.log1p(ops.maximum(y_true, _EPSILON))
+    return ops.mean(ops.square(first - second), axis=-1)
+
+
+def huber(y_true: Any, y_pred: Any, delta: float = 1.0) -> Tensor:
+    """Squared near, linear beyond `delta`: mean of `e**2 / 2`, or `delta * |e| - delta**2 / 2`. Huber 1964.
+
+    >>> huber([[0.0, 0.0]], [[1.0, 3.0]])
+    Tensor([1.5], dtype=float32)
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    error = ops.abs(y_true - y_pred)
+    near = ops.minimum(error, delta)  # e**2/2 up to delta, then delta * e - delta**2/2, without a branch
+    return ops.mean(near * (error - 0.5 * near), axis=-1)
+
+
+def log_cosh(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean(log(cosh(y_pred - y_true)))` over the last axis, computed without overflow.
+
+    >>> round(float(log_cosh([[0.0]], [[100.0]])[0]), 4)
+    99.3069
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    error = y_pred - y_true
+    return ops.mean(error + ops.softplus(-2.0 * error) - float(np.log(2.0)), axis=-1)
+
+
+def kl_divergence(y_true: Any, y_pred: Any) -> Tensor:
+    """`sum(y_true * log(y_true / y_pred))` over the last axis; both clipped to [1e-7, 1].
+
+    >>> round(float(kl_divergence([[0.5, 0.5]], [[0.25, 0.75]])[0]), 4)
+    0.1438
+    """
+    y_true, y_pred = (ops.clip(y, _EPSILON, 1.0) for y in pair(y_true, y_pred))
+    return ops.sum(y_true * ops.log(y_true / y_pred), axis=-1)
+
+
+def poisson(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean(y_pred - y_true * log(y_pred + 1e-7))` over the last axis.
+
+    >>> print(poisson([[2.0]], [[1.0]]).numpy().round(4))
+    [1.]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    return ops.mean(y_pred - y_true * ops.log(y_pred + _EPSILON), axis=-1)
+
+
+def cosine_similarity(y_true: Any, y_pred: Any) -> Tensor:
+    """Minus the cosine of the angle between both, over the last axis: -1 is best.
+
+    >>> print(cosine_similarity([[0.0, 2.0]], [[3.0, 3.0]]).numpy().round(4))
+    [-0.7071]
+    """
+    y_true, y_pred = (_unit(y) for y in pair(y_true, y_pred))
+    return -ops.sum(y_true * y_pred, axis=-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / ops.sqrt(ops.maximum(ops.sum(ops.square(x), axis=-1, keepdims=True), _EPSILON**2))
+
+
+def _signs(y_true: Tensor) -> Tensor:
+    """Labels 0 and 1 become -1 and 1; -1 and 1 stay."""
+    return 2.0 * y_true - 1.0 if np.isin(y_true.data, (0, 1)).all() else y_true
+
+
+def hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean(max(1 - y_true * y_pred, 0))` over the last axis; labels -1 and 1, or 0 and 1.
+
+    >>> print(hinge([[0.0, 1.0]], [[0.6, 0.4]]).numpy().round(4))
+    [1.1]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    return ops.mean(ops.maximum(1.0 - _signs(y_true) * y_pred, 0.0), axis=-1)
+
+
+def squared_hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """`mean(max(1 - y_true * y_pred, 0)**2)` over the last axis; labels -1 and 1, or 0 and 1.
+
+    >>> print(squared_hinge([[0.0, 1.0]], [[0.6, 0.4]]).numpy().round(4))
+    [1.46]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    return ops.mean(ops.square(ops.maximum(1.0 - _signs(y_true) * y_pred, 0.0)), axis=-1)
+
+
+def categorical_hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """`max(1 + max((1 - y_true) * y_pred) - sum(y_true * y_pred), 0)` over the last axis; one-hot labels.
+
+    >>> print(categorical_hinge([[0.0, 1.0]], [[0.6, 0.4]]).numpy().round(4))
+    [1.2]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    right = ops.sum(y_true * y_pred, axis=-1)
+    wrong = ops.max((1.0 - y_true) * y_pred, axis=-1)
+    return ops.maximum(wrong - right + 1.0, 0.0)
+
+
+def binary_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0
+) -> Tensor:
+    """`-mean(y log p + (1 - y) log(1 - p))` over the last axis.
+
+    Predictions are probabilities, or any numbers if `from_logits`; labels are 0 to 1, pulled towards a half
+    by `label_smoothing`. Raises ValueError for labels outside [0, 1].
+
+    >>> print(binary_crossentropy([[1.0, 0.0]], [[0.5, 0.5]]).numpy().round(4))
+    [0.6931]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    _check_probabilities("y", y_true.data)
+    if label_smoothing:
+        y_true = y_true * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    values = ops.binary_crossentropy(y_true, y_pred, from_logits=from_logits)
+    return ops.mean(values, axis=-1) if values.shape[-1] > 1 else values.reshape(values.shape[:-1])
+
+
+def categorical_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0
+) -> Tensor:
+    """`-sum(y log p)` over the last axis: one-hot (or any) distributions `y_true` (..., V).
+
+    Predictions are probabilities, or any numbers if `from_logits`. Raises ValueError unless V > 1.
+
+    >>> print(categorical_crossentropy([[0.0, 1.0]], [[0.5, 0.5]]).numpy().round(4))
+    [0.6931]
+    """
+    y_true, y_pred = pair(y_true, y_pred)
+    if y_pred.shape[-1] < 2:
+        raise ValueError(
+            f"y_pred: shape {y_pred.shape} has one class; use binary_crossentropy for a single output"
+        )
+    if label_smoothing:
+        y_true = y_true * (1.0 - label_smoothing) + label_smoothing / y_pred.shape[-1]
+    return ops.categorical_crossentropy(y_true, y_pred, from_logits=from_logits)
+
+
+def sparse_categorical_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, ignore_class: int | None = None
+) -> Tensor:
+    """`-log p[y]`: labels are class numbers (...) or (..., 1), predictions (..., V).
+
+    Predictions are probabilities, or any numbers if `from_logits`; values of `ignore_class` are 0. Raises
+    ValueError for labels that are no integers from 0 to V - 1.
+
+    >>> print(sparse_categorical_crossentropy([1], [[0.5, 0.5]]).numpy().round(4))
+    [0.6931]
+    """
+    y_pred = y_pred if isinstance(y_pred, Tensor) else Tensor(y_pred)
+    labels, kept = class_numbers(y_true, y_pred, ignore_class)
+    values = ops.sparse_categorical_crossentropy(labels, y_pred, from_logits=from_logits)
+    return values if kept is None else values * kept
+
+
+def class_numbers(
+    y_true: Any, y_pred: Tensor, ignore_class: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The labels as integers (...), checked, and which of them count (None: all)."""
+    labels = np.asarray(y_true.data if isinstance(y_true, Tensor) else y_true)
+    classes = y_pred.shape[-1]
+    if labels.ndim == y_pred.ndim and labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    if labels.shape != y_pred.shape[:-1]:
+        raise ValueError(
+            f"y: labels of shape {labels.shape} came for predictions of shape {y_pred.shape}; "
+            f"expected {y_pred.shape[:-1]}: one class number each"
+        )
+    if labels.dtype.kind not in "iu":
+        whole = labels.astype(np.int64)
+        if not np.array_equal(whole, labels):
+            raise ValueError(
+                f"y: class numbers must be integers, got {labels.dtype} such as {labels.flat[0]}"
+            )
+        labels = whole
+    kept = None
+    if ignore_class is not None:
+        kept = labels != ignore_class
+        labels = np.where(kept, labels, 0)
+        kept = kept.astype(y_pred.dtype)
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
+        raise ValueError(
+            f"y: class number {wrong} came, expected 0 to {classes - 1}: predictions have {classes} classes"
+        )
+    return labels, kept
+
+
+def _check_probabilities(name: str, values: np.ndarray) -> None:
+    if values.size and (values.min() < 0 or values.max() > 1):
+        wrong = values[(values < 0) | (values > 1)].flat[0]
+        raise ValueError(f"{name}: {wrong} came, expected labels from 0 to 1")
+
+
+# The classes: a function, its options, and the reduction
+
+
+class FunctionLoss(Loss):
+    """A loss made of any function `(y_true, y_pred) -> values`; what `compile(loss=function)` builds.
+
+    The function gets `y_true` as a Tensor of the predictions' dtype, and gives a value a sample, or one in
+    all.
+
+    >>> loss = FunctionLoss(lambda y_true, y_pred: ops.abs(y_true - y_pred))
+    >>> float(loss([1.0, 2.0], [2.0, 4.0]))
+    1.5
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], reduction: Reduction = "sum_over_batch_size", name: str | None = None
+    ) -> None:
+        super().__init__(reduction, name or getattr(fn, "__name__", None))
+        self.fn = fn
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        if not isinstance(y_true, Tensor):
+            y_true = Tensor(np.asarray(y_true, y_pred.dtype))
+        values = self.fn(y_true, y_pred)
+        if not isinstance(values, Tensor):
+            raise ValueError(f"loss {self.name}: gave a {type(values).__name__}, expected a Tensor")
+        return values
+
+    def get_config(self) -> dict[str, Any]:
+        """The function goes by its name."""
+        return {"fn": function_name(self.fn), "reduction": self.reduction, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: Any) -> "FunctionLoss":
+        """Rebuilds from the function's name, which must be among `custom_objects`."""
+        return cls(**{**config, "fn": named_function("loss", config["fn"])})
+
+
+@_registry.register("mse")
+class MeanSquaredError(Loss):
+    """Mean of squared differences. See `mean_squared_error`.
+
+    >>> float(MeanSquaredError()([[1.0, 9.0, 2.0], [-5.0, -2.0, 6.0]], [[4.0, 8.0, 12.0], [8.0, 1.0, 3.0]]))
+    49.5
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return mean_squared_error(y_true, y_pred)
+
+
+@_registry.register("mae")
+class MeanAbsoluteError(Loss):
+    """Mean of absolute differences. See `mean_absolute_error`.
+
+    >>> float(MeanAbsoluteError()([[1.0, 9.0, 2.0], [-5.0, -2.0, 6.0]], [[4.0, 8.0, 12.0], [8.0, 1.0, 3.0]]))
+    5.5
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return mean_absolute_error(y_true, y_pred)
+
+
+@_registry.register("mape")
+class MeanAbsolutePercentageError(Loss):
+    """Mean of absolute differences in percent of the target. See `mean_absolute_percentage_error`.
+
+    >>> float(MeanAbsolutePercentageError()([2.0, 4.0], [1.0, 4.0]))
+    25.0
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return mean_absolute_percentage_error(y_true, y_pred)
+
+
+@_registry.register("msle")
+class MeanSquaredLogarithmicError(Loss):
+    """Mean of squared differences of logarithms. See `mean_squared_logarithmic_error`.
+
+    >>> round(float(MeanSquaredLogarithmicError()([0.0], [1.0])), 4)
+    0.4805
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return mean_squared_logarithmic_error(y_true, y_pred)
+
+
+@_registry.register("huber_loss")
+class Huber(Loss):
+    """Squared near, linear beyond `delta` > 0. See `huber`.
+
+    >>> float(Huber(delta=2.0)([0.0], [3.0]))
+    4.0
+    """
+
+    def __init__(
+        self, delta: float = 1.0, reduction: Reduction = "sum_over_batch_size", name: str | None = None
+    ) -> None:
+        super().__init__(reduction, name)
+        if not delta > 0:
+            raise ValueError(f"delta: expected a number > 0, got {delta!r}")
+        self.delta = delta
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return huber(y_true, y_pred, self.delta)
+
+
+@_registry.register("logcosh")
+class LogCosh(Loss):
+    """Mean of the logarithm of the hyperbolic cosine of the difference. See `log_cosh`.
+
+    >>> round(float(LogCosh()([0.0], [1.0])), 4)
+    0.4338
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return log_cosh(y_true, y_pred)
+
+
+@_registry.register("kld", "kullback_leibler_divergence")
+class KLDivergence(Loss):
+    """Kullback-Leibler divergence of two distributions. See `kl_divergence`.
+
+    >>> round(float(KLDivergence()([[0.5, 0.5]], [[0.25, 0.75]])), 4)
+    0.1438
+    """
+
+    labels = "one_hot"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return kl_divergence(y_true, y_pred)
+
+
+@_registry.register()
+class Poisson(Loss):
+    """Negative log likelihood of counts, up to a constant. See `poisson`.
+
+    >>> round(float(Poisson()([2.0], [1.0])), 4)
+    1.0
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return poisson(y_true, y_pred)
+
+
+@_registry.register("cosine_proximity", "cosine")
+class CosineSimilarity(Loss):
+    """Minus the cosine between target and prediction. See `cosine_similarity`.
+
+    >>> round(float(CosineSimilarity()([[0.0, 2.0]], [[3.0, 3.0]])), 4)
+    -0.7071
+    """
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return cosine_similarity(y_true, y_pred)
+
+
+@_registry.register()
+class Hinge(Loss):
+    """The margin loss of support vector machines. See `hinge`.
+
+    >>> round(float(Hinge()([[0.0, 1.0], [0.0, 0.0]], [[0.6, 0.4], [0.4, 0.6]])), 4)
+    1.3
+    """
+
+    labels = "number"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return hinge(y_true, y_pred)
+
+
+@_registry.register()
+class SquaredHinge(Loss):
+    """The square of the margin loss. See `squared_hinge`.
+
+    >>> round(float(SquaredHinge()([[0.0, 1.0], [0.0, 0.0]], [[0.6, 0.4], [0.4, 0.6]])), 4)
+    1.86
+    """
+
+    labels = "number"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return squared_hinge(y_true, y_pred)
+
+
+@_registry.register()
+class CategoricalHinge(Loss):
+    """The margin loss of one class against the strongest other. See `categorical_hinge`.
+
+    >>> round(float(CategoricalHinge()([[0.0, 1.0], [0.0, 0.0]], [[0.6, 0.4], [0.4, 0.6]])), 4)
+    1.4
+    """
+
+    labels = "one_hot"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return categorical_hinge(y_true, y_pred)
+
+
+class _Crossentropy(Loss):
+    """What the smoothed cross-entropies share: their options."""
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "sum_over_batch_size",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(reduction, name)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+        self.from_logits = bool(from_logits)
+        self.label_smoothing = label_smoothing
+
+
+@_registry.register("bce")
+class BinaryCrossentropy(_Crossentropy):
+    """Cross-entropy of independent yes/no outputs. See `binary_crossentropy`.
+
+    >>> round(float(BinaryCrossentropy(from_logits=True)([[1.0], [0.0]], [[0.0], [0.0]])), 4)
+    0.6931
+    """
+
+    labels = "number"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return binary_crossentropy(y_true, y_pred, self.from_logits, self.label_smoothing)
+
+
+@_registry.register("cce")
+class CategoricalCrossentropy(_Crossentropy):
+    """Cross-entropy of one-hot classes. See `categorical_crossentropy`.
+
+    >>> round(float(CategoricalCrossentropy()([[0.0, 1.0]], [[0.5, 0.5]])), 4)
+    0.6931
+    """
+
+    labels = "one_hot"
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return categorical_crossentropy(y_true, y_pred, self.from_logits, self.label_smoothing)
+
+
+@_registry.register("scce")
+class SparseCategoricalCrossentropy(Loss):
+    """Cross-entropy of class numbers. See `sparse_categorical_crossentropy`.
+
+    Labels equal to `ignore_class` neither add to the loss nor count in its mean.
+
+    >>> loss = SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    >>> round(float(loss([1, -1], [[0.0, 0.0], [0.0, 9.0]])), 4)
+    0.6931
+    """
+
+    labels = "number"
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        reduction: Reduction = "sum_over_batch_size",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(reduction, name)
+        self.from_logits = bool(from_logits)
+        self.ignore_class = ignore_class
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        return sparse_categorical_crossentropy(y_true, y_pred, self.from_logits, self.ignore_class)
+
+    def valid(self, y_true: Any, mask: Any) -> Any:
+        if self.ignore_class is None:
+            return mask
+        kept = np.asarray(y_true) != self.ignore_class
+        kept = kept if mask is None else kept & np.asarray(mask, bool).reshape(kept.shape)
+        return kept
+
+
+def get(identifier: Any) -> Loss | None:
+    """A loss from its name in any spelling, its class, its saved form, a function, or itself; None stays
+    None.
+
+    Raises ValueError for an unknown name, listing the known ones.
+
+    >>> get("meanSquaredError").name, get("sparse_categorical_crossentropy").name
+    ('mean_squared_error', 'sparse_categorical_crossentropy')
+    """
+    if isinstance(identifier, Mapping) and identifier.get("class_name") == "FunctionLoss":
+        return FunctionLoss.from_config(identifier["config"])
+    loss = _registry.get(identifier)
+    if loss is None or isinstance(loss, Loss):
+        return loss
+    if callable(loss):
+        return FunctionLoss(loss)
+    raise ValueError(
+        f"loss: got {identifier!r} of type {type(identifier).__name__}; expected a name, function or Loss"
+    )
+
+
+deserialize = get
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """How a user's function is called in a file."""
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def named_function(kind: str, name: Any) -> Callable[..., Any]:
+    """The function that a file names. Raises ValueError saying how to give it, when it is not known here."""
+    if callable(name):
+        return name
+    if name not in _functions:
+        raise ValueError(
+            f"{kind}: the function {name!r} of this model is not known here: give it in custom_objects, "
+            f"or load with compile=False"
+        )
+    return _functions.find(name)
+
+
+def snake_case(name: str) -> str:
+    """The default name of an object in Keras: `KLDivergence` -> `kl_divergence`.
+
+    >>> snake_case("MeanSquaredError"), snake_case("KLDivergence")
+    ('mean_squared_error', 'kl_divergence')
+    """
+    starts = [
+        i > 0 and c.isupper() and (not name[i - 1].isupper() or name[i + 1 : i + 2].islower())
+        for i, c in enumerate(name)
+    ]
+    return "".join(("_" if start else "") + c.lower() for start, c in zip(starts, name, strict=True))
+
+
+mse = MSE = mean_squared_error
+mae = MAE = mean_absolute_error
+mape = MAPE = mean_absolute_percentage_error
+msle = MSLE = mean_squared_logarithmic_error
+kld = KLD = kl_divergence
+logcosh = log_cosh

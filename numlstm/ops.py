@@ -1,0 +1,1023 @@
+"""The operations of a model: functions of Tensors (or arrays, or numbers) that give Tensors, with gradients.
+
+Element-wise work and reductions are NumPy calls (which a device's arrays answer with their own); products,
+recurrent sequences, losses and random masks go to the chosen backend. Operations with weights (`linear`,
+`recurrent`, `embedding`, `layer_norm`) compute in the weights' dtype. Broadcasting needs no care in a
+gradient: the tape sums it away.
+
+Sequences are (batch, time, features) for the caller, and lie time-major in memory after `recurrent`:
+transposed views, never copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numlstm import random
+from numlstm.autograd import Array, Tensor, TensorLike, apply, apply_joint, needs_gradient
+from numlstm.backend import get_backend
+from numlstm.kernels.reference_pointwise import erf as _erf
+from numlstm.kernels.reference_pointwise import sigmoid as _logistic
+
+__all__ = [
+    "abs",
+    "add",
+    "additive_scores",
+    "astype",
+    "attend",
+    "binary_crossentropy",
+    "broadcast_to",
+    "categorical_crossentropy",
+    "clip",
+    "concatenate",
+    "cos",
+    "divide",
+    "dropout",
+    "elu",
+    "embedding",
+    "exp",
+    "expand_dims",
+    "flip",
+    "gelu",
+    "getitem",
+    "hard_sigmoid",
+    "layer_norm",
+    "leaky_relu",
+    "linear",
+    "log",
+    "log1p",
+    "log_softmax",
+    "masked_softmax",
+    "matmul",
+    "max",
+    "maximum",
+    "mean",
+    "min",
+    "minimum",
+    "multiply",
+    "negative",
+    "pad",
+    "power",
+    "recurrent",
+    "relu",
+    "repeat",
+    "reshape",
+    "selu",
+    "sigmoid",
+    "silu",
+    "sin",
+    "softmax",
+    "softplus",
+    "softsign",
+    "sparse_categorical_crossentropy",
+    "sqrt",
+    "square",
+    "squeeze",
+    "stack",
+    "stop_gradient",
+    "subtract",
+    "sum",
+    "tanh",
+    "tensor",
+    "transpose",
+    "var",
+    "where",
+]
+
+Axis = int | Sequence[int] | None
+
+
+# Arguments
+
+
+def tensor(x: TensorLike) -> Tensor:
+    """`x` as a Tensor: itself if it is one."""
+    return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def _floating(x: TensorLike) -> Tensor:
+    """`x` as a Tensor of floats; integers and booleans become float32."""
+    x = x if isinstance(x, Tensor) else Tensor(x)
+    return x if x.data.dtype.kind == "f" else Tensor(x.data.astype(np.float32))
+
+
+def _pair(a: TensorLike, b: TensorLike) -> tuple[Tensor, Tensor]:
+    """Two operands as Tensors. A plain number or an integer takes the dtype of the floats it meets."""
+    a, b = _number(a, b), _number(b, a)
+    p, q = a.data.dtype.kind, b.data.dtype.kind
+    if p != q:
+        if p == "f":
+            b = astype(b, a.dtype)
+        elif q == "f":
+            a = astype(a, b.dtype)
+    return a, b
+
+
+def _number(x: TensorLike, other: TensorLike) -> Tensor:
+    """`x` as a Tensor; a plain number of the other's kind takes its dtype."""
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, (int, float, np.generic)) and hasattr(other, "dtype"):
+        kind = other.dtype.kind
+        if kind == "f" or (kind in "iu" and isinstance(x, (int, np.integer)) and not isinstance(x, bool)):
+            return Tensor(np.asarray(x, other.dtype))
+    return Tensor(x)
+
+
+def _floating_pair(a: TensorLike, b: TensorLike) -> tuple[Tensor, Tensor]:
+    a, b = _pair(a, b)
+    return _floating(a), _floating(b)
+
+
+def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The axes of a reduction as non-negative numbers."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"axis: {axis} came, but the tensor has {ndim} dimensions")
+    return tuple(a % ndim for a in axes)
+
+
+def _in_cells(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an operation be called in a cell's equations too: on a traced scalar it is the cell language's."""
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        derive = sys.modules.get("numlstm.kernels.derive")  # not imported: nothing is being traced
+        if derive is not None and any(isinstance(a, derive.Symbol) for a in args):
+            return derive.LANGUAGE[function.__name__](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return either
+
+
+# Arithmetic
+
+
+def add(a: TensorLike, b: TensorLike) -> Tensor:
+    """a + b."""
+    a, b = _pair(a, b)
+    return apply(a.data + b.data, (a, _same), (b, _same))
+
+
+def _same(dy: Array) -> Array:
+    return dy
+
+
+def _opposite(dy: Array) -> Array:
+    return -dy
+
+
+def subtract(a: TensorLike, b: TensorLike) -> Tensor:
+    """a - b."""
+    a, b = _pair(a, b)
+    return apply(a.data - b.data, (a, _same), (b, _opposite))
+
+
+def multiply(a: TensorLike, b: TensorLike) -> Tensor:
+    """a * b, element by element."""
+    a, b = _pair(a, b)
+    u, v = a.data, b.data
+    return apply(u * v, (a, lambda dy: dy * v), (b, lambda dy: dy * u))
+
+
+def divide(a: TensorLike, b: TensorLike) -> Tensor:
+    """a / b."""
+    a, b = _floating_pair(a, b)
+    v = b.data
+    y = a.data / v
+    return apply(y, (a, lambda dy: dy / v), (b, lambda dy: -dy * y / v))
+
+
+def negative(x: TensorLike) -> Tensor:
+    """-x."""
+    x = tensor(x)
+    return apply(-x.data, (x, _opposite))
+
+
+def power(a: TensorLike, b: TensorLike) -> Tensor:
+    """a ** b. The gradient of the exponent takes log(a), and 0 where a is 0 or less."""
+    if isinstance(b, (int, float)) and b == 2:
+        return square(_floating(a))  # what most losses ask for, and a general power is slow
+    a, b = _floating_pair(a, b)
+    u, v = a.data, b.data
+    y = u**v
+
+    def base(dy: Array) -> Array:
+        lower = u ** np.where(v == 0, 1, v - 1)  # x**0 is flat, at 0 too, where 0 * 0**-1 would be NaN
+        return dy * v * lower
+
+    return apply(y, (a, base), (b, lambda dy: dy * y * np.log(np.where(u > 0, u, 1))))
+
+
+def matmul(a: TensorLike, b: TensorLike) -> Tensor:
+    """The matrix product of the last two axes, the others broadcast; vectors as in NumPy."""
+    a, b = _floating_pair(a, b)
+    if not a.ndim or not b.ndim or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
+        raise ValueError(
+            f"matmul: shapes {a.shape} and {b.shape} do not fit: a's last axis meets b's last but one"
+        )
+    if a.ndim == 1:
+        return squeeze(matmul(expand_dims(a, 0), b), -1 if b.ndim == 1 else -2)
+    if b.ndim == 1:
+        return squeeze(matmul(a, expand_dims(b, 1)), -1)
+    backend = get_backend(like=a.data)
+    product = backend.matmul if a.ndim == b.ndim == 2 else backend.batched_matmul
+    if a.dtype != b.dtype:
+        product = np.matmul
+    u, v = a.data, b.data
+    return apply(
+        product(u, v),
+        (a, lambda dy: product(dy, np.swapaxes(v, -1, -2))),
+        (b, lambda dy: product(np.swapaxes(u, -1, -2), dy)),
+    )
+
+
+# Element by element
+
+
+@_in_cells
+def exp(x: TensorLike) -> Tensor:
+    """e ** x."""
+    x = _floating(x)
+    y = np.exp(x.data)
+    return apply(y, (x, lambda dy: dy * y))
+
+
+@_in_cells
+def log(x: TensorLike) -> Tensor:
+    """The natural logarithm."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.log(u), (x, lambda dy: dy / u))
+
+
+def log1p(x: TensorLike) -> Tensor:
+    """log(1 + x), exact for small x."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.log1p(u), (x, lambda dy: dy / (1 + u)))
+
+
+@_in_cells
+def sqrt(x: TensorLike) -> Tensor:
+    """The square root."""
+    x = _floating(x)
+    y = np.sqrt(x.data)
+    return apply(y, (x, lambda dy: dy / (2 * y)))
+
+
+def square(x: TensorLike) -> Tensor:
+    """x * x."""
+    x = tensor(x)
+    u = x.data
+    return apply(u * u, (x, lambda dy: dy * (2 * u)))
+
+
+def abs(x: TensorLike) -> Tensor:
+    """The absolute value; its gradient at 0 is 0."""
+    x = tensor(x)
+    u = x.data
+    return apply(np.abs(u), (x, lambda dy: dy * np.sign(u)))
+
+
+def sin(x: TensorLike) -> Tensor:
+    """The sine."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.sin(u), (x, lambda dy: dy * np.cos(u)))
+
+
+def cos(x: TensorLike) -> Tensor:
+    """The cosine."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.cos(u), (x, lambda dy: -dy * np.sin(u)))
+
+
+@_in_cells
+def tanh(x: TensorLike) -> Tensor:
+    """The hyperbolic tangent."""
+    x = _floating(x)
+    y = np.tanh(x.data)
+    return apply(y, (x, lambda dy: dy * (1 - y * y)))
+
+
+@_in_cells
+def sigmoid(x: TensorLike) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    x = _floating(x)
+    y = _logistic(x.data)
+    return apply(y, (x, lambda dy: dy * (y * (1 - y))))
+
+
+@_in_cells
+def relu(x: TensorLike) -> Tensor:
+    """max(x, 0); its gradient at 0 is 0."""
+    x = tensor(x)
+    u = x.data
+    return apply(np.maximum(u, 0), (x, lambda dy: dy * (u > 0)))
+
+
+def leaky_relu(x: TensorLike, negative_slope: float = 0.2) -> Tensor:
+    """x where it is positive, `negative_slope` times x elsewhere."""
+    x = _floating(x)
+    slope = np.where(x.data > 0, x.dtype.type(1), x.dtype.type(negative_slope))
+    return apply(x.data * slope, (x, lambda dy: dy * slope))
+
+
+def elu(x: TensorLike, alpha: float = 1.0) -> Tensor:
+    """x where it is positive, alpha (exp(x) - 1) elsewhere: Clevert et al. 2015."""
+    x = _floating(x)
+    u = x.data
+    low = alpha * np.expm1(np.minimum(u, 0))
+    return apply(np.where(u > 0, u, low), (x, lambda dy: dy * np.where(u > 0, 1, low + alpha)))
+
+
+def selu(x: TensorLike) -> Tensor:
+    """The self-normalising scaled elu: Klambauer et al. 2017."""
+    return elu(x, 1.6732632423543772848170429916717) * 1.0507009873554804934193349852946
+
+
+def gelu(x: TensorLike, approximate: bool = False) -> Tensor:
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016); `approximate`: by tanh."""
+    x = _floating(x)
+    u = x.data
+    if approximate:
+        scale = math.sqrt(2 / math.pi)
+        t = np.tanh(scale * (u + 0.044715 * u**3))
+        cdf, density = 0.5 * (1 + t), 0.5 * (1 - t * t) * scale * (1 + 3 * 0.044715 * u * u)
+    else:
+        cdf, density = 0.5 * (1 + _erf(u / math.sqrt(2))), np.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    return apply(u * cdf, (x, lambda dy: dy * (cdf + u * density)))
+
+
+def silu(x: TensorLike) -> Tensor:
+    """x sigmoid(x)."""
+    x = _floating(x)
+    u, s = x.data, _logistic(x.data)
+    return apply(u * s, (x, lambda dy: dy * (s * (1 + u * (1 - s)))))
+
+
+@_in_cells
+def softplus(x: TensorLike) -> Tensor:
+    """log(1 + exp(x)), without overflow."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.maximum(u, 0) + np.log1p(np.exp(-np.abs(u))), (x, lambda dy: dy * _logistic(u)))
+
+
+def softsign(x: TensorLike) -> Tensor:
+    """x / (1 + |x|)."""
+    x = _floating(x)
+    below = 1 + np.abs(x.data)
+    return apply(x.data / below, (x, lambda dy: dy / (below * below)))
+
+
+@_in_cells
+def hard_sigmoid(x: TensorLike) -> Tensor:
+    """x / 6 + 1/2, held between 0 and 1 (Keras 3)."""
+    x = _floating(x)
+    u = x.data
+    return apply(np.clip(u / 6 + 0.5, 0, 1), (x, lambda dy: dy * ((np.abs(u) < 3) * u.dtype.type(1 / 6))))
+
+
+@_in_cells
+def maximum(a: TensorLike, b: TensorLike) -> Tensor:
+    """The larger of two, element by element; a tie's gradient goes to `b`."""
+    a, b = _pair(a, b)
+    first = a.data > b.data
+    return apply(np.maximum(a.data, b.data), (a, lambda dy: dy * first), (b, lambda dy: dy * ~first))
+
+
+@_in_cells
+def minimum(a: TensorLike, b: TensorLike) -> Tensor:
+    """The smaller of two, element by element; a tie's gradient goes to `b`."""
+    a, b = _pair(a, b)
+    first = a.data < b.data
+    return apply(np.minimum(a.data, b.data), (a, lambda dy: dy * first), (b, lambda dy: dy * ~first))
+
+
+@_in_cells
+def where(condition: TensorLike, a: TensorLike, b: TensorLike) -> Tensor:
+    """a where the condition holds, b elsewhere."""
+    chosen = np.asarray(condition.data if isinstance(condition, Tensor) else condition, bool)
+    a, b = _pair(a, b)
+    return apply(
+        np.where(chosen, a.data, b.data),
+        (a, lambda dy: np.where(chosen, dy, 0)),
+        (b, lambda dy: np.where(chosen, 0, dy)),
+    )
+
+
+@_in_cells
+def clip(x: TensorLike, low: float, high: float) -> Tensor:
+    """x held between two numbers; the gradient passes strictly between them."""
+    x = tensor(x)
+    if low > high:
+        raise ValueError(f"clip: low {low} came above high {high}")
+    u = x.data
+    return apply(np.clip(u, low, high), (x, lambda dy: dy * ((u > low) & (u < high))))
+
+
+def softmax(x: TensorLike, axis: int = -1) -> Tensor:
+    """exp(x) over its sum along an axis."""
+    x = _floating(x)
+    y = np.exp(x.data - x.data.max(axis=axis, keepdims=True))
+    y /= y.sum(axis=axis, keepdims=True)
+    return apply(y, (x, lambda dy: y * (dy - (dy * y).sum(axis=axis, keepdims=True))))
+
+
+def log_softmax(x: TensorLike, axis: int = -1) -> Tensor:
+    """The logarithm of softmax, exact where the probability is tiny."""
+    x = _floating(x)
+    y = x.data - x.data.max(axis=axis, keepdims=True)
+    y = y - np.log(np.exp(y).sum(axis=axis, keepdims=True))
+    return apply(y, (x, lambda dy: dy - np.exp(y) * dy.sum(axis=axis, keepdims=True)))
+
+
+# Reductions
+
+
+def _widen(dy: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """The gradient of a reduction over `axes` as a view of its input's shape."""
+    kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
+    return np.broadcast_to(np.reshape(dy, kept), shape)
+
+
+def sum(x: TensorLike, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """The sum over some axes; all, if none is named."""
+    x = tensor(x)
+    axes, shape = _axes(axis, x.ndim), x.shape
+    return apply(x.data.sum(axis=axes, keepdims=keepdims), (x, lambda dy: _widen(dy, shape, axes)))
+
+
+def mean(x: TensorLike, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """The mean over some axes; all, if none is named.
+
+    Raises:
+        ValueError: there is nothing to take the mean of.
+    """
+    x = _floating(x)
+    axes, shape = _axes(axis, x.ndim), x.shape
+    count = math.prod(shape[k] for k in axes)
+    if not count:
+        raise ValueError(f"mean: a tensor of shape {shape} has no elements along axis {axis}")
+    count = x.data.dtype.type(count)
+    return apply(
+        x.data.sum(axis=axes, keepdims=keepdims) / count, (x, lambda dy: _widen(dy / count, shape, axes))
+    )
+
+
+def var(x: TensorLike, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """The variance (of the population) over some axes."""
+    x = _floating(x)
+    return mean(square(x - mean(x, axis, keepdims=True)), axis, keepdims)
+
+
+def _extreme(x: TensorLike, axis: Axis, keepdims: bool, reduce: Callable[..., Array]) -> Tensor:
+    x = tensor(x)
+    axes, u = _axes(axis, x.ndim), x.data
+    if not math.prod(u.shape[k] for k in axes):
+        raise ValueError(f"max or min: a tensor of shape {x.shape} has no elements along axis {axis}")
+    y = reduce(u, axis=axes, keepdims=True)
+
+    def vjp(dy: Array) -> Array:
+        hit = u == y
+        return hit * (_widen(dy, u.shape, axes) / hit.sum(axis=axes, keepdims=True))
+
+    return apply(y if keepdims else np.squeeze(y, axes), (x, vjp))
+
+
+def max(x: TensorLike, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """The largest over some axes; equals share the gradient."""
+    return _extreme(x, axis, keepdims, np.max)
+
+
+def min(x: TensorLike, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """The smallest over some axes; equals share the gradient."""
+    return _extreme(x, axis, keepdims, np.min)
+
+
+# Shapes
+
+
+def getitem(x: TensorLike, index: Any) -> Tensor:
+    """x[index]: numbers, slices, None, `...`, integer and boolean arrays."""
+    x = tensor(x)
+    if isinstance(index, tuple):
+        index = tuple(i.data if isinstance(i, Tensor) else i for i in index)
+    elif isinstance(index, Tensor):
+        index = index.data
+    parts = index if isinstance(index, tuple) else (index,)
+    basic = all(i is None or i is Ellipsis or isinstance(i, (int, np.integer, slice)) for i in parts)
+    like = x.data
+
+    def vjp(dy: Array) -> Array:
+        dx = np.zeros(like.shape, dy.dtype)
+        if basic:
+            dx[index] = dy
+        else:
+            np.add.at(dx, index, dy)  # the same element may be taken more than once
+        return dx
+
+    return apply(x.data[index], (x, vjp))
+
+
+def reshape(x: TensorLike, shape: int | Sequence[int]) -> Tensor:
+    """The same elements in another shape; one length may be -1."""
+    x = tensor(x)
+    before = x.shape
+    return apply(np.reshape(x.data, shape), (x, lambda dy: np.reshape(dy, before)))
+
+
+def transpose(x: TensorLike, axes: Sequence[int] | None = None) -> Tensor:
+    """The axes in another order; reversed if none is given. A view."""
+    x = tensor(x)
+    back = None if axes is None else tuple(int(k) for k in np.argsort(_axes(axes, x.ndim)))
+    return apply(np.transpose(x.data, axes), (x, lambda dy: np.transpose(dy, back)))
+
+
+def expand_dims(x: TensorLike, axis: int) -> Tensor:
+    """A new axis of length 1."""
+    x = tensor(x)
+    before = x.shape
+    return apply(np.expand_dims(x.data, axis), (x, lambda dy: np.reshape(dy, before)))
+
+
+def squeeze(x: TensorLike, axis: Axis = None) -> Tensor:
+    """Without axes of length 1: those named, or all."""
+    x = tensor(x)
+    before = x.shape
+    axes = None if axis is None else _axes(axis, x.ndim)
+    return apply(np.squeeze(x.data, axes), (x, lambda dy: np.reshape(dy, before)))
+
+
+def concatenate(xs: Sequence[TensorLike], axis: int = -1) -> Tensor:
+    """Tensors one after another along an axis."""
+    ts = [tensor(x) for x in xs]
+    if not ts:
+        raise ValueError("concatenate: an empty list came, expected at least one tensor")
+    (axis,) = _axes(axis, ts[0].ndim)
+    data = np.concatenate([t.data for t in ts], axis=axis)
+    edges, start = [], 0
+    for t in ts:
+        stop = start + t.shape[axis]
+        edges.append((t, functools.partial(_part, (slice(None),) * axis + (slice(start, stop),))))
+        start = stop
+    return apply(data, *edges)
+
+
+def _part(index: tuple[Any, ...], dy: Array) -> Array:
+    return dy[index]
+
+
+def stack(xs: Sequence[TensorLike], axis: int = 0) -> Tensor:
+    """Tensors of one shape along a new axis."""
+    ts = [tensor(x) for x in xs]
+    if not ts:
+        raise ValueError("stack: an empty list came, expected at least one tensor")
+    (axis,) = _axes(axis, ts[0].ndim + 1)
+    data = np.stack([t.data for t in ts], axis=axis)
+    return apply(
+        data, *((t, functools.partial(_part, (slice(None),) * axis + (k,))) for k, t in enumerate(ts))
+    )
+
+
+def flip(x: TensorLike, axis: Axis = None) -> Tensor:
+    """The elements in reverse order along some axes. A view."""
+    x = tensor(x)
+    axes = _axes(axis, x.ndim)
+    return apply(np.flip(x.data, axes), (x, lambda dy: np.flip(dy, axes)))
+
+
+def pad(x: TensorLike, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
+    """`value` put before and after along each axis: one (before, after) an axis."""
+    x = tensor(x)
+    if len(widths) != x.ndim:
+        raise ValueError(f"widths: {len(widths)} pairs came, expected one for each of {x.ndim} axes")
+    inside = tuple(slice(before, before + n) for (before, _), n in zip(widths, x.shape, strict=True))
+    return apply(np.pad(x.data, widths, constant_values=value), (x, functools.partial(_part, inside)))
+
+
+def broadcast_to(x: TensorLike, shape: Sequence[int]) -> Tensor:
+    """x seen in a larger shape. A view that can't be written to."""
+    x = tensor(x)
+    return apply(np.broadcast_to(x.data, tuple(shape)), (x, _same))
+
+
+def repeat(x: TensorLike, repeats: int, axis: int) -> Tensor:
+    """Every element `repeats` times in a row along an axis."""
+    x = tensor(x)
+    if isinstance(repeats, bool) or not isinstance(repeats, (int, np.integer)) or repeats < 0:
+        raise ValueError(f"repeats: {repeats!r} came, expected an integer of 0 or more")
+    (axis,) = _axes(axis, x.ndim)
+    apart = (*x.shape[: axis + 1], repeats, *x.shape[axis + 1 :])
+    return apply(np.repeat(x.data, repeats, axis), (x, lambda dy: np.reshape(dy, apart).sum(axis=axis + 1)))
+
+
+def astype(x: TensorLike, dtype: Any) -> Tensor:
+    """Converted to another dtype; the gradient is converted back. Itself if it has that dtype."""
+    x = tensor(x)
+    if x.dtype == dtype:
+        return x
+    if np.dtype(dtype).kind != "f":
+        return Tensor(x.data.astype(dtype))  # integers and booleans have no gradient
+    before = x.dtype
+    return apply(x.data.astype(dtype), (x, lambda dy: dy.astype(before)))
+
+
+def stop_gradient(x: TensorLike) -> Tensor:
+    """The same values as a constant."""
+    return Tensor(tensor(x).data)
+
+
+# Rows: operations on the last axis, whatever the others are and however they lie in memory
+
+
+class _Rows:
+    """How to see an array (..., F) as rows (M, F) in the order of memory, and come back.
+
+    A sequence that `recurrent` made is a (B, T, H) view of a (T, B, H) array: its rows are taken time first,
+    without a copy.
+    """
+
+    __slots__ = ("back", "lead", "order")
+
+    def __init__(self, a: Array) -> None:
+        n = a.ndim - 1
+        self.order = self.back = None
+        if n > 1 and not a.flags.c_contiguous:
+            order = sorted(range(n), key=lambda k: -a.strides[k])
+            if order != list(range(n)):
+                self.order = order
+                self.back = [*np.argsort(order).tolist(), n]
+        self.lead = a.shape[:-1] if self.order is None else tuple(a.shape[k] for k in self.order)
+
+    def of(self, a: Array) -> Array:
+        """Rows of an array that has the same leading axes."""
+        if a.ndim == 2:
+            return a
+        return self.flat(a, (a.shape[-1],))
+
+    def flat(self, a: Array, last: tuple[int, ...] = ()) -> Array:
+        """The same for an array with the leading axes only, or with trailing axes of shape `last`."""
+        if self.order is not None:
+            a = a.transpose(*self.order, *range(len(self.order), a.ndim))
+        return a.reshape(math.prod(self.lead), *last)
+
+    def home(self, rows: Array) -> Array:
+        """Rows (M, F), or values (M,), with the leading axes of the array they came from."""
+        a = rows.reshape(self.lead + rows.shape[1:])
+        if self.back is None:
+            return a
+        return a.transpose(self.back if rows.ndim > 1 else self.back[:-1])
+
+
+def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
+    """x (..., I) times w (I, O), plus b (O,): a dense layer. Any rank of x from 1.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    >>> linear([[1.0, 2.0]], [[1.0], [1.0]], [0.5])
+    Tensor([[3.5]], dtype=float32)
+    """
+    w = _floating(w)
+    x = astype(x, w.dtype)
+    if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[0]:
+        raise ValueError(
+            f"linear: x of shape {x.shape} and w of shape {w.shape} came, expected (..., I) and (I, O)"
+        )
+    if b is not None:
+        b = astype(b, w.dtype)
+        if b.shape != w.shape[1:]:
+            raise ValueError(f"linear: b of shape {b.shape} came, expected {w.shape[1:]}")
+    rows, product, weights = _Rows(x.data), get_backend(like=w.data).matmul, w.data
+    u = rows.of(x.data)
+    y = rows.home(product(u, weights, None if b is None else b.data))
+    edges = [
+        (x, lambda dy: rows.home(product(rows.of(dy), weights.T))),
+        (w, lambda dy: product(u.T, rows.of(dy))),
+    ]
+    if b is not None:
+        edges.append((b, lambda dy: rows.of(dy).sum(axis=0)))
+    return apply(y, *edges)
+
+
+def embedding(table: TensorLike, ids: TensorLike) -> Tensor:
+    """Rows of table (V, E) by integer ids of any shape: (*ids.shape, E).
+
+    Raises:
+        ValueError: ids that are not integers, or outside the table.
+
+    >>> embedding([[0.0, 1.0], [2.0, 3.0]], np.array([1, 1, 0])).shape
+    (3, 2)
+    """
+    table = _floating(table)
+    places = tensor(ids).data
+    if places.dtype.kind not in "iu":
+        raise ValueError(f"ids: dtype {places.dtype} came, expected integers")
+    if table.ndim != 2:
+        raise ValueError(f"table: shape {table.shape} came, expected (rows, features)")
+    _check_range("ids", places, table.shape[0], "the table's rows")
+    backend, (count, width) = get_backend(like=table.data), table.shape
+    rows = _Rows(places[..., None])
+
+    def vjp(dy: Array) -> Array:
+        return backend.embedding_gradient(rows.flat(places), rows.flat(dy, (width,)), count)
+
+    return apply(backend.embedding(table.data, places), (table, vjp))
+
+
+def _check_range(name: str, values: Array, count: int, what: str) -> None:
+    if values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"{name}: {low if low < 0 else high} came, expected 0 to {count - 1}: {what} number {count}"
+            )
+
+
+def layer_norm(
+    x: TensorLike, gamma: TensorLike | None = None, beta: TensorLike | None = None, eps: float = 1e-3
+) -> Tensor:
+    """x (..., F) with mean 0 and variance 1 along its last axis, times gamma (F,), plus beta (F,).
+
+    Ba, Kiros and Hinton 2016, equation 4.
+
+    Raises:
+        ValueError: gamma or beta of another shape.
+    """
+    x = _floating(x)
+    given = [None if p is None else _floating(p) for p in (gamma, beta)]
+    for name, p in zip(("gamma", "beta"), given, strict=True):
+        if p is not None:
+            x = astype(x, p.dtype)
+            if p.shape != x.shape[-1:]:
+                raise ValueError(f"layer_norm: {name} of shape {p.shape} came, expected {x.shape[-1:]}")
+    backend, rows = get_backend(like=x.data), _Rows(x.data)
+    y, residual = backend.layer_norm(rows.of(x.data), *(None if p is None else p.data for p in given), eps)
+
+    def vjp(dy: Array) -> list[Array]:
+        dx, dgamma, dbeta = backend.layer_norm_gradient(residual, rows.of(dy))
+        return [rows.home(dx)] + [d for d, p in zip((dgamma, dbeta), given, strict=True) if p is not None]
+
+    return apply_joint((rows.home(y),), (x, *(p for p in given if p is not None)), vjp)[0]
+
+
+def dropout(
+    x: TensorLike, rate: float, *, shape: Sequence[int] | None = None, seed: int | None = None
+) -> Tensor:
+    """x with a random part of it, `rate`, set to 0 and the rest scaled by 1 / (1 - rate).
+
+    Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
+
+    Arguments:
+        x: any shape.
+        rate: from 0 up to, not including, 1.
+        shape: of the mask, broadcast against x (Keras' noise_shape); None in it means x's length.
+        seed: instead of the library's; the stream number is the library's in any case.
+
+    Raises:
+        ValueError: a rate out of range, or a mask that does not broadcast to x.
+    """
+    x = _floating(x)
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate: {rate!r} came, expected a number from 0 up to, not including, 1")
+    of_mask = x.shape if shape is None else tuple(shape)
+    if len(of_mask) == x.ndim:
+        of_mask = tuple(n if m is None else m for m, n in zip(of_mask, x.shape, strict=True))
+    if len(of_mask) != x.ndim or any(m not in (1, n) for m, n in zip(of_mask, x.shape, strict=True)):
+        raise ValueError(f"shape: {of_mask} came for the mask, which does not broadcast to x's {x.shape}")
+    if not rate:
+        return x
+    stream = random.next_stream()
+    mask = get_backend(like=x.data).dropout_mask(
+        of_mask, rate, random.seed() if seed is None else seed, stream, x.dtype
+    )
+    return apply(x.data * mask, (x, lambda dy: dy * mask))
+
+
+# Recurrent sequences
+
+
+def recurrent(
+    cell: Any,
+    x: TensorLike,
+    kernel: TensorLike,
+    recurrent_kernel: TensorLike,
+    bias: TensorLike | None = None,
+    params: Sequence[TensorLike] = (),
+    state: Sequence[TensorLike] | None = None,
+    mask: Array | None = None,
+    reverse: bool = False,
+    training: bool | None = None,
+    aux: Sequence[Array] = (),
+    recurrent_mask: Array | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """A recurrent cell over a batch of sequences, in one kernel.
+
+    Arguments:
+        cell: from numlstm.kernels.cells, with G gates.
+        x: (B, T, I).
+        kernel: (I, G * H), columns in the cell's gate order.
+        recurrent_kernel: (H, G * H).
+        bias: (G * H,) or None.
+        params: one (H,) tensor for each of `cell.params`.
+        state: one (B, H) tensor for each of `cell.state`; None for zeros.
+        mask: (B, T), False where a step is skipped: every state is carried over, and the output repeats.
+        reverse: run from the last step to the first; outputs come in the order they were made.
+        training: True keeps the states' sequences even if no tape is recording. What a gradient needs is kept
+            if and only if a tape follows one of the inputs.
+        aux: one array for each of `cell.aux`, of a shape that broadcasts to (B, T, H); no gradient. In the order of
+            processing, as is:
+        recurrent_mask: multiplies the output on its way into the next step's recurrent product (recurrent dropout);
+            (B, 1, H) for one mask a sequence, (B, T, H) for one a step.
+
+    Returns the outputs (B, T, H); the last of each state, (B, H); and the sequences of the states other than
+    the output, (B, T, H) each, or None where they were not kept. Gradients flow through the first two.
+    A fused kernel turns what it kept into gradients, so that even a persistent tape passes back here once.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    kernel = _floating(kernel)
+    dtype = kernel.dtype
+    x, recurrent_kernel = astype(x, dtype), astype(recurrent_kernel, dtype)
+    bias = None if bias is None else astype(bias, dtype)
+    params = tuple(astype(p, dtype) for p in params)
+    state = None if state is None else tuple(astype(s, dtype) for s in state)
+    valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
+    _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid)
+
+    inputs = (x, kernel, recurrent_kernel, *(() if bias is None else (bias,)), *params, *(state or ()))
+    recorded = needs_gradient(*inputs)
+    backend, direction = get_backend(like=kernel.data), -1 if reverse else 1
+    out = backend.sequence_forward(
+        cell,
+        x.data.swapaxes(0, 1)[::direction],
+        kernel.data,
+        recurrent_kernel.data,
+        None if bias is None else bias.data,
+        tuple(p.data for p in params),
+        None if state is None else tuple(s.data for s in state),
+        None if valid is None else valid.T[::direction],
+        training=recorded or bool(training),
+        aux=tuple(np.asarray(a, dtype).swapaxes(0, 1) for a in aux),
+        recurrent_mask=None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1),
+    )
+    h, finals = out.h.swapaxes(0, 1), out.final
+    states = () if out.states is None else tuple(s.swapaxes(0, 1) for s in out.states)
+    residual, last, need_dx = out.residual, 1 + len(finals), needs_gradient(x)
+
+    def vjp(dh: Array | None, *d: Array | None) -> list[Array | None]:
+        if any(g is not None for g in d[last - 1 :]):
+            raise RuntimeError(
+                "the loss depends on a sequence of cell states, whose gradient is not available (that of the "
+                "outputs and of the final states is): use ops.stop_gradient() on it"
+            )
+        time_major = None if dh is None else dh.swapaxes(0, 1)
+        g = backend.sequence_backward(residual, time_major, d[: last - 1], need_dx=need_dx)
+        dx = g.x[::direction].swapaxes(0, 1) if need_dx else None
+        biases = () if bias is None else (g.bias,)
+        return [dx, g.kernel, g.recurrent_kernel, *biases, *g.params, *(g.state if state is not None else ())]
+
+    outs = apply_joint((h, *finals, *states), inputs, vjp)
+    return outs[0], outs[1:last], None if out.states is None else outs[last:]
+
+
+def _check_recurrent(
+    cell: Any,
+    x: Tensor,
+    kernel: Tensor,
+    recurrent_kernel: Tensor,
+    bias: Tensor | None,
+    params: tuple[Tensor, ...],
+    state: tuple[Tensor, ...] | None,
+    valid: Array | None,
+) -> None:
+    """Every shape against the others, before a kernel that trusts them."""
+    if x.ndim != 3:
+        raise ValueError(f"x: shape {x.shape} came, expected rank 3: (batch, time, features)")
+    (B, T, I), H = x.shape, recurrent_kernel.shape[0] if recurrent_kernel.ndim else 0
+    columns = len(cell.gates) * H
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("kernel", kernel, (I, columns)),
+        ("recurrent_kernel", recurrent_kernel, (H, columns)),
+    ]
+    if bias is not None:
+        expected.append(("bias", bias, (columns,)))
+    if len(params) != len(cell.params):
+        raise ValueError(
+            f"params: {len(params)} came, expected {len(cell.params)}: {', '.join(cell.params) or 'none'}"
+        )
+    expected += [(f"params[{name}]", p, (H,)) for name, p in zip(cell.params, params, strict=True)]
+    if state is not None:
+        if len(state) != len(cell.state):
+            raise ValueError(f"state: {len(state)} came, expected {len(cell.state)}: {', '.join(cell.state)}")
+        expected += [(f"state[{name}]", s, (B, H)) for name, s in zip(cell.state, state, strict=True)]
+    for name, t, shape in expected:
+        if t.shape != shape:
+            raise ValueError(f"{name}: shape {t.shape} came, expected {shape}")
+    if valid is not None and valid.shape != (B, T):
+        raise ValueError(f"mask: shape {valid.shape} came, expected {(B, T)}: (batch, time)")
+
+
+# Losses: one value a sample (or element); what to do with them is losses.py's business
+
+_TINY = 1e-7  # probabilities are held this far from 0 and 1, as in Keras
+
+
+def sparse_categorical_crossentropy(
+    labels: TensorLike, predictions: TensorLike, from_logits: bool = False
+) -> Tensor:
+    """-log of the probability of the right class: predictions (..., V), integer labels (...), losses (...).
+
+    Raises:
+        ValueError: shapes that do not fit, or labels that are not integers from 0 to V - 1.
+
+    >>> sparse_categorical_crossentropy(np.array([0]), [[0.0, 0.0]], from_logits=True)
+    Tensor([0.6931472], dtype=float32)
+    """
+    predictions, right = _floating(predictions), tensor(labels).data
+    if not predictions.ndim or right.shape != predictions.shape[:-1]:
+        raise ValueError(
+            f"labels: shape {right.shape} came for predictions of shape {predictions.shape}, "
+            f"expected {predictions.shape[:-1]}: one class number a row"
+        )
+    if right.dtype.kind not in "iu":
+        if right.dtype.kind != "f" or np.any(right != np.floor(right)):
+            raise ValueError(
+                f"labels: expected class numbers, integers; dtype {right.dtype} came, or fractions"
+            )
+        right = right.astype(np.int64)
+    _check_range("labels", right, predictions.shape[-1], "the classes")
+    if not from_logits:
+        grid = tuple(np.indices(right.shape, sparse=True)) if right.ndim else ()
+        return negative(log(getitem(_probabilities(predictions), (*grid, right))))
+    rows = _Rows(predictions.data)
+    backend = get_backend(like=predictions.data)
+    losses, d = backend.softmax_cross_entropy(rows.of(predictions.data), rows.flat(right))
+    return apply(rows.home(losses), (predictions, lambda dy: rows.home(d * rows.flat(dy)[:, None])))
+
+
+def _probabilities(p: Tensor) -> Tensor:
+    """Predictions scaled to sum to 1 along the last axis and held away from 0 and 1, as Keras does."""
+    return clip(p / sum(p, -1, keepdims=True), _TINY, 1 - _TINY)
+
+
+def categorical_crossentropy(
+    labels: TensorLike, predictions: TensorLike, from_logits: bool = False
+) -> Tensor:
+    """-sum of labels times log probability over the last axis: labels and predictions (..., V), losses (...).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    predictions = _floating(predictions)
+    labels = astype(labels, predictions.dtype)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
+    logarithms = log_softmax(predictions) if from_logits else log(_probabilities(predictions))
+    return negative(sum(labels * logarithms, -1))
+
+
+def binary_crossentropy(labels: TensorLike, predictions: TensorLike, from_logits: bool = False) -> Tensor:
+    """-(y log p + (1 - y) log(1 - p)), element by element; with logits, computed from them without overflow.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    predictions = _floating(predictions)
+    labels = astype(labels, predictions.dtype)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
+    if from_logits:
+        u, y = predictions.data, labels.data
+        losses = np.maximum(u, 0) - u * y + np.log1p(np.exp(-np.abs(u)))
+        return apply(losses, (predictions, lambda dy: dy * (_logistic(u) - y)), (labels, lambda dy: -dy * u))
+    p = clip(predictions, _TINY, 1 - _TINY)
+    return negative(labels * log(p) + (1 - labels) * log(1 - p))
+
+
+# NumPy's names for the operations above: what `np.exp(tensor)` and `array * tensor` call
+UFUNCS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f
+    for f in (
+        add, subtract, multiply, divide, negative, power, matmul, exp, log, log1p, sqrt, square, sin, cos,
+        tanh, maximum, minimum,
+    )
+} | {"absolute": abs, "true_divide": divide}  # fmt: skip
+
+
+# Last, because they are made of the functions above
+from numlstm.ops_attention import additive_scores, attend, masked_softmax  # noqa: E402

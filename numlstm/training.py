@@ -1,0 +1,977 @@
+"""Training: `compile`, `fit`, `evaluate`, `predict` and their one-batch forms, inherited by every model.
+
+A step is: forward pass under a tape, loss, gradients, one fused update a weight; nothing is built anew from
+step to step. With `bptt_steps` a batch (B, T, ...) is cut along time, the recurrent layers hand their states
+on, detached, from piece to piece, and each piece is a step (truncated backpropagation through time: Williams
+& Peng 1990). Argument names and defaults are those of Keras 3; `mask`, `lengths` and `bptt_steps` are added,
+and one-batch methods give the figures of their batch, not running means.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numlstm import losses, metrics, optimizers, random
+from numlstm.autograd import GradientTape, Tensor, Variable
+from numlstm.backend import get_backend, use_backend
+from numlstm.callbacks import Callback, CallbackList, History
+from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches
+from numlstm.progress import Silent, progress
+from numlstm.registry import serialize
+
+__all__ = ["Trainer"]
+
+_PRECISIONS = ("float32", "float64")
+_LATER = ("bfloat16", "tf32")
+
+
+class _Settings(NamedTuple):
+    """What `compile` was told, beside optimizer and loss."""
+
+    metrics: list[Any]
+    weighted_metrics: list[Any]
+    precision: str
+    backend: str | None
+    strict: bool
+
+
+class Trainer:
+    """What makes a model trainable. Mixed into `Model`, which gives calls, weights and layers."""
+
+    optimizer: Any = None
+    loss: Any = None
+    stop_training: bool = False
+    history: History | None = None
+    _settings: _Settings | None = None
+    _loop: Any = None  # the running fit, for BackupAndRestore
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        precision: str = "float32",
+        backend: str | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Say how to train.
+
+        Arguments:
+            optimizer: a name, or an `Optimizer`. loss: a name, a `Loss`, or a function of targets and
+                predictions.
+            metrics: figures to watch, names or objects, in a list. weighted_metrics: the same, weighed by the
+                sample and class weights.
+            precision: "float32", or "float64" (in NumPy, on the reference backend).
+            backend, strict: where to run, as in `use_backend`.
+
+        Raises ValueError for unknown names and options, RuntimeError for a backend that can't be used here.
+
+        >>> import numlstm as nl
+        >>> model = nl.Sequential([nl.LSTM(4, input_shape=(3, 1)), nl.Dense(1)])
+        >>> model.compile(optimizer="adam", loss="mse", metrics=["mae"])
+        >>> history = model.fit(np.zeros((8, 3, 1)), np.ones((8, 1)), epochs=2, verbose=0)
+        >>> sorted(history.history)
+        ['loss', 'mae']
+        """
+        if precision not in _PRECISIONS:
+            what = "is not available yet" if precision in _LATER else "is not known"
+            raise ValueError(f"precision: {precision!r} {what}; expected {' or '.join(_PRECISIONS)}")
+        if backend is None and precision == "float64":
+            backend = "reference"
+        if backend is not None:
+            get_backend(backend)  # raises now rather than in the first step
+        new_optimizer, new_loss = optimizers.get(optimizer), losses.get(loss)
+        if new_loss is not None and new_loss.reduction in (None, "none"):
+            raise ValueError(f"loss: {new_loss.name} has no reduction; training needs one number a batch")
+        settings = _Settings(
+            _metric_list("metrics", metrics),
+            _metric_list("weighted_metrics", weighted_metrics),
+            precision,
+            backend,
+            bool(strict),
+        )
+        self.optimizer, self.loss, self._settings = new_optimizer, new_loss, settings
+        self.cast(precision)
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """What `compile` was told, JSON-able, for a file; None if it was not called. Functions go by their
+        names."""
+        if self._settings is None:
+            return None
+        return {
+            "optimizer": serialize(self.optimizer),
+            "loss": None if self.loss is None else serialize(self.loss),
+            **{name: serialize(value) for name, value in self._settings._asdict().items()},
+            "metrics": _saved_metrics(self._settings.metrics),
+            "weighted_metrics": _saved_metrics(self._settings.weighted_metrics),
+        }
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        """`compile` with what `get_compile_config` gave."""
+        self.compile(**config)
+
+    # Training
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        bptt_steps: int | None = None,
+    ) -> History:
+        """Train for `epochs` passes over the data.
+
+        Arguments:
+            x: array or np.memmap (batch, time, ...), a list of sequences of unequal length, or a source of
+                batches: an iterable, an iterator, or a function that returns one each epoch, of `(x, y)` or
+                    `(x, y, weights)`.
+            y: targets, with the rows of x; part of the batches when x is a source.
+            batch_size: rows a step, 32 if not given.
+            validation_split: the last part of the rows (before shuffling) is not trained on, but evaluated.
+            validation_data: `(x, y)` or `(x, y, weights)`, a dict of the arguments of `evaluate`, or a
+                source.
+            shuffle: take the rows in a new order each epoch (a source keeps its own).
+            class_weight: weights of class numbers. sample_weight: (batch,), or (batch, time) for sequence
+                targets.
+            initial_epoch: number of the first epoch. steps_per_epoch: end an epoch early, or go on with the
+                data.
+            validation_freq: validate every so many epochs, or after those in a list (counted from 1).
+            mask: (batch, time), False where a step does not count. lengths: (batch,), how many steps of a row
+                count.
+            bptt_steps: cut the time axis into pieces of so many steps, each a step of training.
+
+        Returns the `History`; also an exception or Ctrl-C leaves a model that can be used.
+
+        Raises ValueError for data or options that do not fit, naming them.
+
+        >>> import numlstm as nl
+        >>> model = nl.Sequential([nl.LSTM(4), nl.Dense(1)])
+        >>> model.compile("adam", "mse")
+        >>> model.fit([np.ones((3, 2)), np.ones((5, 2))], np.ones((2, 1)), epochs=3, verbose=0).epoch
+        [0, 1, 2]
+        """
+        self._need_compiled("fit")
+        epochs, initial_epoch = _whole("epochs", epochs, 1), _whole("initial_epoch", initial_epoch, 0)
+        chunk = None if bptt_steps is None else _whole("bptt_steps", bptt_steps, 1)
+        dtype = self._settings.precision
+        data = as_batches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=batch_size, dtype=dtype)
+        validation = self._validation(validation_data, validation_batch_size or batch_size)
+        if validation_split:
+            data, validation = _split(data, validation_split, validation)
+        sequences, shuffle = self._gives_sequences(), _flag("shuffle", shuffle)
+        feed = _Feed(data, steps_per_epoch, chunk, sequences, shuffle=shuffle, repeat=True)
+        loop = _Loop(self, feed, _class_table(class_weight, self.loss), validation, validation_steps)
+        self.history, self.stop_training, self._loop = History(), False, loop
+        params = {
+            "epochs": epochs,
+            "steps": feed.steps,
+            "verbose": verbose,
+            "validation_freq": validation_freq,
+        }
+        watchers = CallbackList([*_callback_list(callbacks), self.history], self, params)
+        display = progress(verbose)
+        try:
+            with self._running(chunk):
+                self._build_for(feed)
+                loop.run(epochs, initial_epoch, watchers, display, validation_freq)
+        finally:
+            self._loop = None
+            display.close()
+        return self.history
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        bptt_steps: int | None = None,
+    ) -> Any:
+        """The loss and metrics on data, which come in the forms that `fit` takes.
+
+        `steps` ends early; with `bptt_steps` long rows are run in pieces, states handed on, so that memory
+        stays small. Returns the loss, or a list of loss and metrics, or with `return_dict` a dict of them.
+
+        Raises ValueError for data that do not fit.
+
+        >>> import numlstm as nl
+        >>> model = nl.Sequential([nl.LSTM(4), nl.Dense(1)])
+        >>> model.compile("adam", "mse")
+        >>> type(model.evaluate(np.ones((8, 3, 2)), np.ones((8, 1)), verbose=0)).__name__
+        'float'
+        """
+        self._need_compiled("evaluate")
+        chunk = None if bptt_steps is None else _whole("bptt_steps", bptt_steps, 1)
+        data = as_batches(
+            x,
+            y,
+            sample_weight,
+            mask=mask,
+            lengths=lengths,
+            batch_size=batch_size,
+            dtype=self._settings.precision,
+        )
+        feed = _Feed(data, steps, chunk, self._gives_sequences())
+        watchers = CallbackList(_callback_list(callbacks), self, {"steps": feed.steps, "verbose": verbose})
+        display = progress(verbose)
+        try:
+            with self._running(chunk):
+                logs = _test(self, feed, _Figures(self), watchers, display)
+        finally:
+            display.close()
+        return _results(logs, return_dict)
+
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        bptt_steps: int | None = None,
+    ) -> Any:
+        """The outputs for data, which come in the forms that `fit` takes; targets in a source are left aside.
+
+        Returns an array, or for a model with several outputs a list of arrays; for a list of unequal
+        sequences and a model that gives sequences, a list of arrays of their lengths. Dropout and the like
+        are off.
+
+        Raises ValueError for data that do not fit.
+
+        >>> import numlstm as nl
+        >>> nl.Sequential([nl.LSTM(4), nl.Dense(2)]).predict(np.ones((8, 3, 1)), verbose=0).shape
+        (8, 2)
+        """
+        chunk = None if bptt_steps is None else _whole("bptt_steps", bptt_steps, 1)
+        data = as_batches(x, mask=mask, lengths=lengths, batch_size=batch_size, dtype=self.dtype)
+        feed = _Feed(data, steps, chunk, self._gives_sequences())
+        watchers = CallbackList(_callback_list(callbacks), self, {"steps": feed.steps, "verbose": verbose})
+        display = progress(verbose, quiet_off_terminal=True)
+        try:
+            with self._running(chunk):
+                return _predict(self, feed, watchers, display)
+        finally:
+            display.close()
+
+    # One batch
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+    ) -> Any:
+        """One step of training on one batch. Returns its loss, or a list of loss and metrics, or a dict of
+        them.
+
+        Raises ValueError for data that do not fit.
+
+        >>> import numlstm as nl
+        >>> model = nl.Sequential([nl.LSTM(4), nl.Dense(1)])
+        >>> model.compile("sgd", "mse", metrics=["mae"])
+        >>> sorted(model.train_on_batch(np.ones((2, 3, 1)), np.ones((2, 1)), return_dict=True))
+        ['loss', 'mae']
+        """
+        self._need_compiled("train_on_batch")
+        batch = self._one_batch(x, y, sample_weight, mask, lengths)
+        figures = _Figures(self, _class_table(class_weight, self.loss))
+        with self._running(None):
+            if not self.built:
+                self._build(batch)
+            _TrainStep(self, figures)(batch)
+        return _results(figures.logs(), return_dict)
+
+    def test_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        return_dict: bool = False,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+    ) -> Any:
+        """The loss and metrics of one batch, without training. Returns and raises as `train_on_batch`."""
+        self._need_compiled("test_on_batch")
+        figures = _Figures(self)
+        with self._running(None):
+            _test_step(self, self._one_batch(x, y, sample_weight, mask, lengths), figures)
+        return _results(figures.logs(), return_dict)
+
+    def predict_on_batch(self, x: Any, *, mask: Any = None, lengths: Any = None) -> Any:
+        """The outputs for one batch: an array, or a list of arrays for a model with several outputs."""
+        batch = self._one_batch(x, None, None, mask, lengths)
+        with self._running(None):
+            out = self(batch.x, training=False, mask=batch.mask)
+        several = isinstance(out, (list, tuple))
+        arrays = [np.ascontiguousarray(o.numpy()) for o in (out if several else [out])]
+        return arrays if several else arrays[0]
+
+    def _one_batch(self, x: Any, y: Any, sample_weight: Any, mask: Any, lengths: Any) -> Batch:
+        data = as_batches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=2**62, dtype=self.dtype)
+        return next(data.epoch())
+
+    # For BackupAndRestore
+
+    def resume_training(
+        self, epoch: int, step: int, state: dict[str, int], figures: Mapping[str, Any] | None
+    ) -> None:
+        """Within `fit`, before the first epoch: go on at this step of this epoch, then with this random
+        state."""
+        self._loop.resume = (epoch, step, state, figures)
+
+    def training_figures(self) -> dict[str, Any]:
+        """The sums behind the running figures of the epoch in progress, JSON-able."""
+        return self._loop.figures.get_state()
+
+    # Preparation
+
+    def _need_compiled(self, method: str) -> None:
+        if self._settings is None:
+            raise ValueError(
+                f"{method}: the model has not been compiled; call compile(optimizer=..., loss=...) first"
+            )
+
+    @contextmanager
+    def _running(self, chunk: int | None) -> Iterator[None]:
+        """The backend that `compile` chose; with `chunk`, recurrent layers that hand their states on."""
+        settings = self._settings
+        backend, strict = (None, False) if settings is None else (settings.backend, settings.strict)
+        layers = self.recurrent_layers() if chunk else []
+        backwards = [layer.name for layer in layers if getattr(layer, "go_backwards", False)]
+        if backwards:
+            raise ValueError(
+                f"bptt_steps: {backwards[0]} reads time from its end (go_backwards): its input can't be cut"
+            )
+        before = [(layer, layer.carry, layer.states) for layer in layers]
+        with use_backend(backend, strict=strict):
+            try:
+                for layer in layers:
+                    layer.carry = True
+                yield
+            finally:
+                for layer, carry, states in before:
+                    layer.carry = carry
+                    if not getattr(layer, "stateful", False):
+                        layer.states = states
+
+    def _gives_sequences(self) -> bool:
+        """False when the last recurrent layer gives its last output only: then targets have no time axis."""
+        layers = self.recurrent_layers()
+        return not layers or bool(getattr(layers[-1], "return_sequences", True))
+
+    def _build_for(self, feed: "_Feed") -> None:
+        """Make the weights before the first step, so that callbacks find them."""
+        if not self.built:
+            self._build(feed.peek())
+
+    def _build(self, batch: Batch) -> None:
+        # A tape makes this the forward pass of training: no second variant of the kernels is compiled.
+        with GradientTape():
+            self(batch.x[:1], mask=None if batch.mask is None else batch.mask[:1])
+        for layer in self.recurrent_layers():
+            layer.reset_states()
+
+    def _validation(self, given: Any, batch_size: int | None) -> Batches | None:
+        """`validation_data` of `fit` as a source."""
+        if given is None:
+            return None
+        options: dict[str, Any] = {"dtype": self._settings.precision}
+        if isinstance(given, (tuple, list)):
+            if len(given) not in (2, 3):
+                kind = type(given).__name__
+                raise ValueError(
+                    f"validation_data: a {kind} of {len(given)} came, expected (x, y) or (x, y, weights)"
+                )
+            given = dict(zip(("x", "y", "sample_weight"), given, strict=False))
+        if isinstance(given, Mapping):
+            unknown = sorted(set(given) - {"x", "y", "sample_weight", "mask", "lengths"})
+            if unknown:
+                raise ValueError(f"validation_data: unknown key {unknown[0]!r}")
+            options |= {**given, "batch_size": batch_size}
+        else:
+            options["x"] = given
+        try:
+            return as_batches(**options)
+        except ValueError as error:
+            raise ValueError(f"validation_data: {error}") from error
+
+
+class _Feed:
+    """Batches for one epoch after the other, cut into chunks if asked for."""
+
+    def __init__(
+        self,
+        data: Batches,
+        steps: int | None,
+        chunk: int | None,
+        sequences: bool,
+        *,
+        shuffle: bool = False,
+        repeat: bool = False,
+    ) -> None:
+        self.data, self.chunk, self.sequences = data, chunk, sequences
+        self.shuffle, self.repeat = shuffle, repeat  # repeat: data that end within `steps` are begun anew
+        self.limit = None if steps is None else _whole("steps_per_epoch" if repeat else "steps", steps, 1)
+        self.steps = self.limit or _steps(data, chunk)
+        self._flow: Iterator[Batch] | None = None
+        self._peeked: list[Batch] = []
+
+    def _start(self) -> Iterator[Batch]:
+        return self.data.epoch(shuffle=self.shuffle, chunk=self.chunk, timed=self.sequences)
+
+    def peek(self) -> Batch:
+        """A batch to build the weights from; it is not lost."""
+        if isinstance(self.data, ArrayBatches):
+            first = self.data.part(slice(0, 1))
+            return next(first.epoch(chunk=self.chunk, timed=self.sequences))
+        self._flow = self._start()
+        batch = next(self._flow, None)
+        if batch is None:
+            raise ValueError(self._used_up(0, 0))
+        self._peeked = [batch]
+        return batch
+
+    def epoch(self, number: int = 0) -> Iterator[Batch]:
+        """The batches of the next epoch. Raises ValueError when an iterator has no more to give."""
+        goes_on = self.limit is not None or self.data.endless
+        if self._flow is None or not (goes_on or self._peeked):
+            self._flow = self._start()
+        count = 0
+        while self.limit is None or count < self.limit:
+            batch = self._draw()
+            if batch is None:
+                if count and self.limit is None:
+                    break
+                raise ValueError(self._used_up(number, count))
+            count += 1
+            yield batch
+
+    def _draw(self) -> Batch | None:
+        """The next batch; with `steps_per_epoch`, data that end are begun anew (where that is possible)."""
+        batch = self._peeked.pop() if self._peeked else next(self._flow, None)
+        if batch is None and self.limit is not None and self.repeat and not self.data.endless:
+            self._flow = self._start()
+            batch = next(self._flow, None)
+        return batch
+
+    def discard(self, epochs: int) -> None:
+        """Draw from an iterator what these epochs were trained on before; other sources start anew."""
+        if self.data.endless:
+            for number in range(epochs):
+                for _ in self.epoch(number):
+                    pass
+
+    def _used_up(self, number: int, count: int) -> str:
+        wanted = f"{self.limit} batches" if self.limit else "at least one batch"
+        hint = (
+            "; give a function that returns a new iterator, or one that goes on" if self.data.endless else ""
+        )
+        return f"x: epoch {number + 1} needs {wanted}, but the source of batches ended after {count}{hint}"
+
+
+class _Figures:
+    """The running loss and metrics of an epoch."""
+
+    def __init__(self, model: Trainer, class_table: np.ndarray | None = None) -> None:
+        self.loss: losses.Loss | None = model.loss
+        self.class_table = class_table
+        settings = model._settings
+        self.specs = [(m, False) for m in settings.metrics] + [(m, True) for m in settings.weighted_metrics]
+        self.metrics: list[tuple[metrics.Metric, bool, bool]] | None = None if self.specs else []
+        self.total = self.count = 0.0
+        self._waiting: list[dict[str, Any]] | None = None  # states from a backup, until the metrics are known
+
+    def reset(self) -> None:
+        self.total = self.count = 0.0
+        for metric, _, _ in self.metrics or ():
+            metric.reset_state()
+
+    def objective(self, batch: Batch, y_pred: Any) -> tuple[Tensor | None, Any]:
+        """The loss of a batch, and (what `add` needs): its values, weights, mask, and how much they count."""
+        if not isinstance(y_pred, Tensor):
+            raise ValueError(
+                f"the model gives {len(y_pred)} outputs; training needs one (loss by hand: GradientTape)"
+            )
+        if self.loss is None:
+            return None, (None, None, y_pred.mask, batch.x.shape[0])
+        if batch.y is None:
+            raise ValueError(f"y: no targets came, but the loss {self.loss.name} needs them")
+        weights = class_weights(batch.y, batch.sample_weight, self.class_table, self.loss.labels)
+        values = self.loss.call(batch.y, y_pred)
+        mask = self.loss.valid(batch.y, y_pred.mask)
+        if not values.ndim or self.loss.reduction == "sum":
+            amount: float = batch.x.shape[0]
+        elif mask is None:
+            amount = values.size
+        else:
+            mask = np.asarray(mask)
+            amount = float(np.count_nonzero(mask)) * (values.size / mask.size)
+        return self.loss.reduce(values, weights, mask), (values, weights, mask, amount)
+
+    def add(self, loss: float, batch: Batch, y_pred: Tensor, parts: Any) -> None:
+        """Take in a batch: its loss, and what `objective` gave beside it."""
+        values, weights, mask, amount = parts
+        # A batch of padding only has no loss: 0 times NaN must not spoil the sum.
+        if amount:
+            self.total += loss * amount
+            self.count += amount
+        if self.metrics is None:
+            self._resolve(batch, y_pred.data)
+        for metric, weighted, is_loss in self.metrics:
+            w = _metric_weights(mask, weights if weighted else None)
+            if is_loss:
+                metric.add_loss(values.data, batch.y, w)
+            else:
+                metric.update_state(batch.y, y_pred.data, w)
+
+    def _resolve(self, batch: Batch, y_pred: np.ndarray) -> None:
+        """Make metrics of their names, now that shapes are known; find those that repeat the loss."""
+        if batch.y is None:
+            raise ValueError("y: no targets came, but metrics need them")
+        self.metrics = []
+        for spec, weighted in self.specs:
+            metric = metrics.resolve(spec, self.loss, batch.y, y_pred)
+            metric.reset_state()
+            repeats = isinstance(metric, metrics.LossMetric) and _same_loss(metric.loss, self.loss)
+            self.metrics.append((metric, weighted, repeats))
+        for (metric, _, _), state in zip(self.metrics, self._waiting or (), strict=False):
+            metric.set_state(state)
+
+    def logs(self) -> dict[str, Any]:
+        figures: dict[str, Any] = {"loss": self.total / self.count if self.count else 0.0}
+        for metric, _, _ in self.metrics or ():
+            figures[_free_name(metric.name, figures)] = metric.result()
+        return figures
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "total": self.total,
+            "count": self.count,
+            "metrics": [metric.get_state() for metric, _, _ in self.metrics or ()],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.total, self.count, self._waiting = state["total"], state["count"], state["metrics"]
+
+
+class _TrainStep:
+    """One step of training. Holds what does not change from step to step."""
+
+    def __init__(self, model: Trainer, figures: _Figures) -> None:
+        self.model, self.figures = model, figures
+        self.optimizer = model.optimizer
+        self.variables: list[Variable] = model.trainable_weights
+        if not self.variables:
+            raise ValueError("the model has no trainable weights")
+        self.penalties = _Penalties(model, self.variables)
+
+    def __call__(self, batch: Batch) -> None:
+        model, figures = self.model, self.figures
+        if (
+            not batch.last and not batch.timed
+        ):  # only the last piece has a target: run on, and remember the states
+            model(batch.x, training=True, mask=batch.mask)
+            return
+        with GradientTape() as tape:
+            y_pred = model(batch.x, training=True, mask=batch.mask)
+            total, parts = figures.objective(batch, y_pred)
+            for penalty in self.penalties():
+                total = penalty if total is None else total + penalty
+        if total is None:
+            raise ValueError("loss: the model was compiled without one, and no layer adds any")
+        self.optimizer.apply(tape.gradient(total, self.variables), self.variables)
+        figures.add(total.item(), batch, y_pred, parts)
+
+
+class _Penalties:
+    """The model's regularization losses of this call, found without walking through all layers each time."""
+
+    def __init__(self, model: Trainer, variables: Sequence[Variable]) -> None:
+        self.model = model
+        self.regularized = [v for v in variables if v.regularizer is not None]
+        self.layers = [layer for _, layer in model.walk()]
+
+    def __call__(self) -> list[Tensor]:
+        penalties = [v.regularizer(v) for v in self.regularized]
+        root = self.model._root
+        for layer in self.layers:
+            if layer._losses and layer._root is root:
+                penalties += layer._losses
+        return penalties
+
+
+class _Loop:
+    """The epochs of one `fit`."""
+
+    def __init__(
+        self,
+        model: Trainer,
+        feed: _Feed,
+        class_table: np.ndarray | None,
+        validation: Batches | None,
+        validation_steps: int | None,
+    ) -> None:
+        self.model, self.feed = model, feed
+        self.figures = _Figures(model, class_table)
+        self.validation = validation
+        self.validation_steps = validation_steps
+        self.validation_figures = None if validation is None else _Figures(model)
+        self.resume: tuple[int, int, dict[str, int], Mapping[str, Any] | None] | None = None
+
+    def run(
+        self,
+        epochs: int,
+        first: int,
+        watchers: CallbackList,
+        display: Silent,
+        validation_freq: int | Sequence[int],
+    ) -> None:
+        """All epochs, from `first`, or from where a callback took training up again."""
+        due = _due(validation_freq)
+        watchers("on_train_begin", {})
+        skip = 0
+        if self.resume is not None:
+            first, skip = self.resume[0], self.resume[1]
+            self.feed.discard(first)
+        step = _TrainStep(self.model, self.figures)
+        logs: dict[str, Any] = {}
+        for epoch in range(first, epochs):
+            display.begin(f"Epoch {epoch + 1}/{epochs}", self.feed.steps)
+            watchers("on_epoch_begin", epoch, {})
+            self._train(epoch, skip, step, watchers, display)
+            skip = 0
+            logs = self.figures.logs()
+            if self.validation is not None and due(epoch):
+                logs |= {f"val_{name}": value for name, value in self._validate(watchers).items()}
+            watchers("on_epoch_end", epoch, logs)
+            display.end(logs)
+            if self.model.stop_training:
+                break
+        watchers("on_train_end", logs)
+
+    def _train(
+        self, epoch: int, skip: int, step: "_TrainStep", watchers: CallbackList, display: Silent
+    ) -> None:
+        """One epoch; of a resumed one the first `skip` steps were done before."""
+        model, figures = self.model, self.figures
+        figures.reset()
+        before, after = watchers.hook("on_train_batch_begin"), watchers.hook("on_train_batch_end")
+        batches = self.feed.epoch(epoch)
+        if skip:
+            self._skip(skip, batches)
+        for number, batch in enumerate(batches, skip):
+            if before is not None:
+                before(number, {})
+            if batch.first and self.feed.chunk:
+                _forget_states(model)
+            step(batch)
+            display.step(number + 1, figures.logs)
+            if after is not None:
+                after(number, figures.logs())
+            if model.stop_training:
+                break
+
+    def _skip(self, skip: int, batches: Iterator[Batch]) -> None:
+        """Draw what was trained on before the interruption, then put figures and randomness where they
+        were."""
+        _, _, state, sums = self.resume
+        for _ in range(skip):
+            next(batches)
+        random.set_state(state)
+        if sums is not None:
+            self.figures.set_state(sums)
+
+    def _validate(self, watchers: CallbackList) -> dict[str, Any]:
+        """Evaluate in between, without touching the states that stateful layers keep for training."""
+        layers = self.model.recurrent_layers()
+        kept = [layer.states for layer in layers]
+        for layer in layers:
+            layer.states = None
+        try:
+            feed = _Feed(self.validation, self.validation_steps, self.feed.chunk, self.feed.sequences)
+            return _test(self.model, feed, self.validation_figures, watchers, Silent())
+        except ValueError as error:
+            raise ValueError(f"validation_data: {error}") from error
+        finally:
+            for layer, states in zip(layers, kept, strict=True):
+                layer.states = states
+
+
+def _test(
+    model: Trainer, feed: _Feed, figures: _Figures, watchers: CallbackList, display: Silent
+) -> dict[str, Any]:
+    """Loss and metrics over all batches."""
+    figures.reset()
+    watchers("on_test_begin", {})
+    before, after = watchers.hook("on_test_batch_begin"), watchers.hook("on_test_batch_end")
+    display.begin("", feed.steps)
+    for done, batch in enumerate(feed.epoch(), 1):
+        if before is not None:
+            before(done - 1, {})
+        if batch.first and feed.chunk:
+            _forget_states(model)
+        _test_step(model, batch, figures)
+        display.step(done, figures.logs)
+        if after is not None:
+            after(done - 1, figures.logs())
+    logs = figures.logs()
+    display.end(logs)
+    watchers("on_test_end", logs)
+    return logs
+
+
+def _test_step(model: Trainer, batch: Batch, figures: _Figures) -> None:
+    y_pred = model(batch.x, training=False, mask=batch.mask)
+    if not batch.last and not batch.timed:
+        return
+    total, parts = figures.objective(batch, y_pred)
+    loss = 0.0 if total is None else total.item()
+    for penalty in model.regularization_losses():
+        loss += penalty.item()
+    figures.add(loss, batch, y_pred, parts)
+
+
+def _predict(model: Trainer, feed: _Feed, watchers: CallbackList, display: Silent) -> Any:
+    """The outputs of all batches, put together."""
+    watchers("on_predict_begin", {})
+    before, after = watchers.hook("on_predict_batch_begin"), watchers.hook("on_predict_batch_end")
+    display.begin("", feed.steps)
+    rows: list[list[np.ndarray]] = []  # of each batch, one array an output
+    pieces: list[list[np.ndarray]] = []  # of the batch in progress, cut along time
+    several = False
+    for done, batch in enumerate(feed.epoch(), 1):
+        if before is not None:
+            before(done - 1, {})
+        if batch.first and feed.chunk:
+            _forget_states(model)
+        out = model(batch.x, training=False, mask=batch.mask)
+        several = isinstance(out, (list, tuple))
+        # Contiguous: outputs may be views of the larger, time-major arrays of a kernel.
+        pieces.append([np.ascontiguousarray(o.numpy()) for o in (out if several else [out])])
+        if batch.last:
+            rows.append(_join(pieces, batch, feed.sequences))
+            pieces = []
+        display.step(done, dict)
+        if after is not None:
+            after(done - 1, {"outputs": pieces[-1] if pieces else rows[-1]})
+    if pieces:
+        raise ValueError(
+            f"steps: {feed.limit} pieces of {feed.chunk} steps end within a batch; expected whole batches"
+        )
+    display.end({})
+    watchers("on_predict_end", {})
+    outputs = [_stack(part, feed.data) for part in zip(*rows, strict=True)]
+    return outputs if several else outputs[0]
+
+
+def _join(pieces: list[list[np.ndarray]], last: Batch, sequences: bool) -> list[np.ndarray]:
+    """Outputs of the pieces of a batch: side by side along time, or the last where there is no time axis."""
+    if len(pieces) == 1:
+        return pieces[0]
+    steps = last.x.shape[1]
+    return [
+        np.concatenate(parts, axis=1)
+        if sequences and parts[-1].ndim > 1 and parts[-1].shape[1] == steps
+        else parts[-1]
+        for parts in zip(*pieces, strict=True)
+    ]
+
+
+def _stack(parts: Sequence[np.ndarray], data: Batches) -> Any:
+    """Batches one under the other; sequences of a ragged source each by itself, cut to its length."""
+    ragged = isinstance(data, ArrayBatches) and isinstance(data.x, Ragged)
+    if ragged and parts[0].ndim > 1:
+        lengths = [len(s) for s in data.x.sequences]
+        size = data.batch_size
+        longest = [max(1, *lengths[i : i + size], 1) for i in range(0, len(lengths), size)]
+        if [p.shape[1] for p in parts] == longest and (len(set(longest)) > 1 or parts[0].ndim > 2):
+            rows = [row for part in parts for row in part]
+            return [row[:n] for row, n in zip(rows, lengths, strict=False)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def class_weights(
+    y: np.ndarray, sample_weight: np.ndarray | None, table: np.ndarray | None, labels: str
+) -> np.ndarray | None:
+    """The sample weights times the weight of each label's class; `labels` says how the loss writes them.
+
+    >>> class_weights(np.array([[0.0], [1.0]]), None, np.array([1.0, 3.0]), "number").tolist()
+    [1.0, 3.0]
+    """
+    if table is None:
+        return sample_weight
+    numbers = y.argmax(axis=-1) if labels == "one_hot" else y
+    if numbers.ndim > 1 and numbers.shape[-1] == 1:
+        numbers = numbers[..., 0]
+    numbers = numbers.astype(np.int64)
+    known = (numbers >= 0) & (numbers < len(table))
+    weights = np.where(known, table[np.where(known, numbers, 0)], table.dtype.type(1))
+    if sample_weight is None:
+        return weights
+    return weights * sample_weight.reshape(sample_weight.shape + (1,) * (weights.ndim - sample_weight.ndim))
+
+
+def _class_table(class_weight: Mapping[int, float] | None, loss: losses.Loss | None) -> np.ndarray | None:
+    """`{class: weight}` as an array to look up in; classes that are not named weigh 1."""
+    if class_weight is None:
+        return None
+    if not isinstance(class_weight, Mapping) or not class_weight:
+        raise ValueError(f"class_weight: expected a dict from class number to weight, got {class_weight!r}")
+    if loss is None or (loss.labels == "value" and not isinstance(loss, losses.FunctionLoss)):
+        raise ValueError(f"class_weight: the loss {getattr(loss, 'name', None)} has no classes to weigh")
+    for label, weight in class_weight.items():
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or label < 0:
+            raise ValueError(f"class_weight: classes are integers >= 0, got {label!r}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"class_weight: weights are numbers >= 0, got {weight!r} for class {label}")
+    table = np.ones(max(class_weight) + 1, np.float32)
+    for label, weight in class_weight.items():
+        table[label] = weight
+    return table
+
+
+# Small helpers
+
+
+def _metric_list(name: str, given: Any) -> list[Any]:
+    """The metrics to watch, their names checked."""
+    if given is None:
+        return []
+    if isinstance(given, str) or callable(given) or isinstance(given, metrics.Metric):
+        given = [given]
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{name}: expected a list of names or metrics, got {given!r}")
+    specs = []
+    for spec in given:
+        if isinstance(spec, Mapping):
+            spec = metrics.get(spec)
+        elif not (isinstance(spec, str) and spec.lower() in ("accuracy", "acc", "crossentropy", "ce")):
+            metrics.get(spec)
+        specs.append(spec)
+    return specs
+
+
+def _saved_metrics(specs: Sequence[Any]) -> list[Any]:
+    """Names as they are, everything else in its saved form."""
+    return [spec if isinstance(spec, str) else serialize(metrics.get(spec)) for spec in specs]
+
+
+def _metric_weights(mask: Any, weights: Any) -> Any:
+    """What a metric gets as sample weights: the mask, the weights, or both."""
+    if mask is None or weights is None:
+        return mask if weights is None else weights
+    mask = np.asarray(mask)
+    weights = np.asarray(weights)
+    return mask * weights.reshape(weights.shape + (1,) * (mask.ndim - weights.ndim))
+
+
+def _same_loss(a: losses.Loss, b: losses.Loss | None) -> bool:
+    """Do both give the same values? The reduction and the name do not matter."""
+    if type(a) is not type(b) or isinstance(a, losses.FunctionLoss):
+        return False
+    first, second = a.get_config(), b.get_config()
+    return all(first[k] == second[k] for k in first if k not in ("reduction", "name"))
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number, free = 0, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _results(logs: dict[str, Any], as_dict: bool) -> Any:
+    """As Keras returns them: a number, a list, or a dict."""
+    if as_dict:
+        return logs
+    return next(iter(logs.values())) if len(logs) == 1 else list(logs.values())
+
+
+def _forget_states(model: Trainer) -> None:
+    """A new batch of a cut run starts from zeros, unless a layer is stateful."""
+    for layer in model.recurrent_layers():
+        if not getattr(layer, "stateful", False):
+            layer.reset_states()
+
+
+def _callback_list(callbacks: Any) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+
+
+def _split(data: Batches, fraction: float, validation: Batches | None) -> tuple[Batches, Batches]:
+    if validation is not None:
+        raise ValueError("give validation_split or validation_data, not both")
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_split: expected a number between 0 and 1, got {fraction!r}")
+    if not isinstance(data, ArrayBatches):
+        raise ValueError(
+            "validation_split: needs arrays or lists; give validation_data for a source of batches"
+        )
+    return data.split(fraction)
+
+
+def _steps(data: Batches, chunk: int | None) -> int | None:
+    """Steps of an epoch, where they can be known beforehand."""
+    if chunk is None:
+        return data.steps
+    return data.chunks(chunk) if isinstance(data, ArrayBatches) else None
+
+
+def _due(validation_freq: Any) -> Any:
+    """Is validation due after this epoch (counted from 0)?"""
+    if isinstance(validation_freq, (list, tuple, set)):
+        wanted = set(validation_freq)
+        return lambda epoch: epoch + 1 in wanted
+    every = _whole("validation_freq", validation_freq, 1)
+    return lambda epoch: (epoch + 1) % every == 0
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return int(value)

@@ -1,0 +1,398 @@
+"""The command line as a person uses it: what it prints, writes and refuses, and how it goes on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import numlstm as nl
+from numlstm.cli import main
+from numlstm.cli.common import plain
+
+TEXT = "the cat sat on the mat and the dog sat on the log. " * 60
+SMALL_TEXT = ["--units", "16", "--embedding", "8", "--streams", "4", "--steps", "20", "--epochs", "2"]
+SMALL_TABLE = ["--units", "8", "--window", "6", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "cats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def table_file(tmp_path):
+    """A noisy seasonal series with gaps, a category and dates."""
+    random = np.random.default_rng(0)
+    days = np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-01") + 160)
+    values = 10 + 5 * np.sin(np.arange(160) * 2 * np.pi / 12) + random.normal(size=160) * 0.2
+    lines = ["day,value,sky"]
+    for number, (day, value) in enumerate(zip(days, values, strict=True)):
+        lines.append(
+            f"{day},{'' if number % 37 == 5 else f'{value:.3f}'},{'clear' if number % 3 else 'cloudy'}"
+        )
+    path = tmp_path / "waves.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def call(*arguments):
+    """Run a command in this process; its exit code."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return exit.value.code
+
+
+def call_json(capsys, *arguments):
+    """Run a command with --json; the object it printed."""
+    code = call(*arguments, "--json")
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)  # nothing else may be on stdout
+
+
+def refused(capsys, *arguments):
+    """Run a command that must be refused; its one line."""
+    code = call(*arguments)
+    _, err = capsys.readouterr()
+    assert code == 2, err
+    assert err.startswith("numlstm: error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def text_model(text_file, capsys):
+    assert call("train", "text", text_file, *SMALL_TEXT, "--out", "text") == 0
+    capsys.readouterr()
+    return "text/model.safetensors"
+
+
+@pytest.fixture
+def table_model(table_file, capsys):
+    options = ("--target", "value", "--horizon", 2, *SMALL_TABLE, "--features", "all", "--season", 12)
+    assert call("train", "forecast", table_file, *options, "--out", "table") == 0
+    capsys.readouterr()
+    return "table/model.safetensors"
+
+
+def test_training_on_a_text(text_file, tmp_path, capsys):
+    result = call_json(
+        capsys, "train", "text", text_file, *SMALL_TEXT, "--epochs", 6, "--out", "o", "--test", "0.1"
+    )
+    assert set(result["nats"]) == {"valid", "test"}
+    assert result["nats"]["valid"] < np.log(result["vocabulary"])  # better than guessing
+    assert result["trivial"] is None  # the 5-gram's figure is for the bundled text only
+    model = nl.load("o/model.safetensors")
+    assert model.preprocessing["vocabulary"]["tokens"][0] == "<unk>"
+    rows = (tmp_path / "o" / "history.csv").read_text().splitlines()
+    assert rows[0] == "epoch,loss,val_loss" and len(rows) == 7
+    assert (tmp_path / "o" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["finished"] and not (tmp_path / "o" / "backup").exists()
+
+
+def test_training_on_words(text_file, capsys):
+    result = call_json(
+        capsys,
+        "train",
+        "text",
+        text_file,
+        *SMALL_TEXT,
+        "--steps",
+        10,
+        "--level",
+        "word",
+        "--max-words",
+        8,
+        "--out",
+        "o",
+    )
+    assert result["vocabulary"] == 8
+    text = call_json(capsys, "generate", "o/model.safetensors", "--prompt", "the cat", "--length", 5)["text"]
+    assert text.startswith("the cat ") and "<unk>" not in text
+
+
+def test_same_seed_same_bits_whatever_the_threads(text_file, capsys):
+    weights = {}
+    for threads, seed in ((1, 3), (2, 3), (2, 4)):
+        environment = {**os.environ, "NUMLSTM_NUM_THREADS": str(threads)}
+        options = [*SMALL_TEXT, "--seed", str(seed), "--out", f"o{threads}{seed}"]
+        command = [sys.executable, "-m", "numlstm", "train", "text", str(text_file), *options]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        weights[threads, seed] = nl.load(f"o{threads}{seed}/model.safetensors").get_weights()
+    for a, b in zip(weights[1, 3], weights[2, 3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(weights[2, 3], weights[2, 4], strict=True))
+
+
+@pytest.mark.parametrize("command", ["text", "forecast"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(command, text_file, table_file, capsys, monkeypatch):
+    if command == "text":
+        line = ["train", "text", text_file, *SMALL_TEXT, "--epochs", 4, "--dropout", 0.2]
+    else:
+        line = ["train", "forecast", table_file, *SMALL_TABLE, "--epochs", 4, "--dropout", 0.2]
+    whole = call_json(capsys, *line, "--out", "whole")
+
+    from numlstm.callbacks import BackupAndRestore
+
+    saved = BackupAndRestore.on_epoch_end
+
+    def pull_the_plug(self, epoch, logs):
+        saved(self, epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BackupAndRestore, "on_epoch_end", pull_the_plug)
+        assert call(*line, "--out", "parts") == 130
+        assert f"numlstm train {command} --resume parts" in capsys.readouterr().err
+    assert "--resume parts" in refused(capsys, *line, "--out", "parts")  # it is not overwritten by accident
+    parts = call_json(capsys, "train", command, "--resume", "parts")
+    for a, b in zip(
+        nl.load(whole["model"]).get_weights(), nl.load(parts["model"]).get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    with open("whole/history.csv") as a, open("parts/history.csv") as b:
+        assert a.read() == b.read()
+    assert "is finished" in refused(capsys, "train", command, "--resume", "parts")
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_input(text_file, capsys):
+    from numlstm.cli.common import Run
+
+    Run.start(
+        "train text",
+        {"file": str(text_file)},
+        [text_file],
+        out=text_file.parent / "o",
+        stem="",
+        overwrite=False,
+    )
+    assert "leave out: units" in refused(capsys, "train", "text", "--resume", "o", "--units", 5)
+    assert "made by 'numlstm train text'" in refused(capsys, "train", "forecast", "--resume", "o")
+    text_file.write_text(TEXT + "more")
+    assert "has changed" in refused(capsys, "train", "text", "--resume", "o")
+    assert "no run in that folder" in refused(capsys, "train", "text", "--resume", "nowhere")
+
+
+def test_generating(text_model, capsys):
+    line = ("generate", text_model, "--prompt", "the ", "--length", 30)
+    first = call_json(capsys, *line, "--seed", 1)["text"]
+    assert first.startswith("the ") and len(first) == 34
+    assert call_json(capsys, *line, "--seed", 1)["text"] == first
+    assert call_json(capsys, *line, "--seed", 2)["text"] != first
+    cold = [call_json(capsys, *line, "--temperature", 0, "--seed", seed)["text"] for seed in (1, 2)]
+    assert cold[0] == cold[1] == call_json(capsys, *line, "--top-k", 1)["text"]
+    assert call("generate", text_model, "--prompt", "the ", "--length", 30, "--seed", 1) == 0
+    assert capsys.readouterr().out == first + "\n"
+
+
+def test_judging_a_text_and_naming_what_comes_next(text_model, text_file, capsys):
+    result = call_json(capsys, "evaluate", text_model, text_file)
+    assert result["tokens"] == len(TEXT) and result["unknown"] == 0 and 0 < result["nats"] < 4
+    entries = call_json(capsys, "predict", text_model, text_file)["next"]
+    assert len(entries) == 10 and 0 < sum(entry["probability"] for entry in entries) <= 1
+    probabilities = [entry["probability"] for entry in entries]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_training_a_forecast(table_file, tmp_path, capsys):
+    options = ("--target", "value", "--features", "all", "--horizon", 3, "--season", 12)
+    result = call_json(
+        capsys, "train", "forecast", table_file, *SMALL_TABLE, *options, "--epochs", 60, "--out", "o"
+    )
+    errors = result["test"]["errors"]
+    assert set(errors) == {"LSTM", "last value", "12 rows before"}
+    assert errors["LSTM"]["rmse"] < errors["last value"]["rmse"]
+    # A noisy sine's own season is hard to beat; whichever way it went, the report says so.
+    best = min(errors["last value"]["rmse"], errors["12 rows before"]["rmse"])
+    assert result["test"]["beats_trivial"] == (errors["LSTM"]["rmse"] < best)
+    assert any("missing" in note for note in result["notes"])
+    for name in ("forecast.png", "curve.png"):
+        assert (tmp_path / "o" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_that_does_not_beat_the_trivial_forecast_says_so(tmp_path, capsys):
+    steps = np.cumsum(
+        np.random.default_rng(0).normal(size=200)
+    )  # a random walk: nothing beats the last value
+    (tmp_path / "walk.csv").write_text("v\n" + "\n".join(map(str, steps)) + "\n")
+    assert call("train", "forecast", "walk.csv", *SMALL_TABLE, "--epochs", 40, "--out", "o") == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "o" / "run.json").read_text())["result"]
+    assert result["test"]["beats_trivial"] is ("does NOT beat" not in out)
+
+
+def test_the_bundled_table_by_name(capsys):
+    result = call_json(capsys, "train", "forecast", "sunspots", *SMALL_TABLE, "--out", "o")
+    assert result["target"] == "SUNACTIVITY" and "last value" in result["test"]["errors"]
+
+
+def test_a_split_by_rows(table_file, capsys):
+    options = ("--target", "value", "--split", "100,20,40", *SMALL_TABLE, "--predict", "value", "--out", "o")
+    assert 35 <= call_json(capsys, "train", "forecast", table_file, *options)["test"]["windows"] <= 40
+
+
+def test_judging_and_continuing_a_table(table_model, table_file, tmp_path, capsys):
+    result = call_json(capsys, "evaluate", table_model, table_file)
+    assert set(result["errors"]) == {"LSTM", "last value", "12 rows before"}
+    ahead = call_json(capsys, "predict", table_model, table_file)
+    assert ahead["columns"] == ["steps_ahead", "value"] and [row[0] for row in ahead["rows"]] == [1, 2]
+    assert call("predict", table_model, table_file, "--every", "--out", "all.csv") == 0
+    lines = (tmp_path / "all.csv").read_text().splitlines()
+    assert lines[0] == "after_row,value+1,value+2"
+    last = lines[-1].split(",")
+    assert last[0] == "160"
+    np.testing.assert_allclose(
+        [float(cell) for cell in last[1:]], [row[1] for row in ahead["rows"]], rtol=1e-4
+    )
+
+
+@pytest.fixture
+def array_model():
+    model = nl.Sequential([nl.LSTM(4, input_shape=(5, 2)), nl.Dense(1)])
+    model.compile("adam", "mse", metrics=["mae"])
+    model.save("m.safetensors")
+    return model
+
+
+def test_a_model_of_arrays(array_model, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(3, 5, 2)).astype(np.float32), random.normal(size=(3, 1)).astype(np.float32)
+    np.savez("d.npz", x=x, y=y)
+    metrics = call_json(capsys, "evaluate", "m.safetensors", "d.npz")["metrics"]
+    assert metrics == pytest.approx(array_model.evaluate(x, y, verbose=0, return_dict=True), rel=1e-6)
+    assert call_json(capsys, "predict", "m.safetensors", "d.npz", "--out", "p.npy")["shape"] == [3, 1]
+    np.testing.assert_array_equal(np.load("p.npy"), array_model.predict(x, verbose=0))
+    np.save("x.npy", x)
+    printed = call_json(capsys, "predict", "m.safetensors", "x.npy", "--backend", "reference")
+    np.testing.assert_allclose(printed["prediction"], np.load("p.npy"), rtol=1e-4)
+    assert printed["backend"] == "reference"
+
+
+def test_info(capsys):
+    found = call_json(capsys, "info")
+    assert found["numlstm"] == nl.__version__ and found["backends"]["cpu"] == "usable"
+    assert found["backends"]["cuda"] != "usable" or found["packages"]["cupy"]
+    assert call("info", "--backend", "reference") == 0
+    assert "reference (chosen now)" in capsys.readouterr().out
+
+
+def test_warmup(capsys):
+    assert "LSTM" in call_json(capsys, "warmup")["seconds"]
+
+
+def test_help_names_every_command(capsys):
+    assert call() == 0
+    out = capsys.readouterr().out
+    for name in ("demo", "train", "evaluate", "predict", "generate", "info", "warmup", "bench"):
+        assert f"  {name} " in out
+    assert call("train", "forecast", "--help") == 0
+    assert "--horizon" in capsys.readouterr().out
+
+
+def test_the_demo_in_small(capsys, monkeypatch, tmp_path):
+    """The demo itself takes minutes; here its text is a piece and its network small."""
+    from numlstm.cli import text
+    from numlstm.data import text as texts
+
+    piece = texts.read_text("tinyshakespeare")[:40_000]
+    monkeypatch.setattr(texts, "read_text", lambda source: piece)
+    monkeypatch.setattr(text, "DEMO", {"units": 16, "embedding": 8, "streams": 8, "steps": 32})
+    result = call_json(capsys, "demo", "--epochs", 1)
+    assert result["sample"].startswith("ROMEO:\n") and len(result["sample"]) > 400
+    assert result["model"] == os.path.join("runs", "demo", "model.safetensors")
+    assert (tmp_path / "runs" / "demo" / "curve.png").exists()
+    assert call_json(capsys, "demo", "--epochs", 1)["sample"] == result["sample"]  # an older demo is replaced
+
+
+BAD = [
+    (["train", "text"], "give a FILE"),
+    (["train", "text", "none.txt"], "no file 'none.txt'"),
+    (["train", "text", "short.txt"], "has 18 chars; --streams 48 of at least --steps 96 take 4,609"),
+    (["train", "text", "cats.txt", "--level", "letter"], "'letter'"),
+    (["train", "text", "cats.txt", "--valid", "1.5"], "--valid must be a share"),
+    (["train", "text", "cats.txt", "--valid", "0"], "no text to validate on"),
+    (["train", "text", "cats.txt", "--valid", "0.6", "--test", "0.6"], "nothing to train on"),
+    (["train", "text", "cats.txt", "--units", "0"], "units"),
+    (["train", "text", "cats.txt", "--nonsense", "1"], "--nonsense"),
+    (["train", "text", "cats.txt", *SMALL_TEXT, "--learning-rate", "-1"], "learning-rate"),
+    (["train", "text", "cats.txt", *SMALL_TEXT, "--backend", "cuda"], "cuda"),
+    (["train", "text", "cats.txt", *SMALL_TEXT, "--backend", "gpu"], "gpu"),
+    (["train", "text", "cats.txt", *SMALL_TEXT, "--out", "full"], "is no folder of a run"),
+    (["train", "forecast", "two.csv"], "give --target, one of: a, b"),
+    (["train", "forecast", "waves.csv", "--target", "wave"], "no column 'wave'; it has: day, value, sky"),
+    (["train", "forecast", "waves.csv", "--target", "sky"], "not numeric"),
+    (["train", "forecast", "waves.csv", "--target", "value", "--features", "value,rain"], "no column 'rain'"),
+    (["train", "forecast", "waves.csv", "--target", "value", "--split", "1,2"], "split must be three"),
+    (
+        ["train", "forecast", "waves.csv", "--target", "value", "--split", "a,b,c"],
+        "--split must be three numbers",
+    ),
+    (["train", "forecast", "waves.csv", "--target", "value", "--horizon", "99"], "holds no whole window"),
+    (["train", "forecast", "waves.csv", "--target", "value", "--window", "999"], "160 rows are too few"),
+    (["train", "forecast", "waves.csv", "--target", "value", "--predict", "both"], "'both'"),
+    (["train", "forecast", "waves.csv", "--target", "value", "--loss", "nice"], "nice"),
+    (["generate", "none.safetensors"], "none.safetensors"),
+    (["generate", "cats.txt"], "cats.txt"),
+    (["generate", "m.safetensors"], "is no text model"),
+    (["evaluate", "m.safetensors", "none.npz"], "no file 'none.npz'"),
+    (["evaluate", "m.safetensors", "waves.csv"], "takes arrays"),
+    (["evaluate", "m.safetensors", "bad.npz"], "bad.npz"),
+    (["predict", "m.safetensors", "rank.npz"], "rank"),
+    (["predict", "m.safetensors", "odd.npz"], "unknown use: z"),
+    (["nonsense"], "nonsense"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD, ids=[" ".join(line) for line, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    line, message, text_file, table_file, array_model, tmp_path, capsys
+):
+    (tmp_path / "short.txt").write_text("too short a text...")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no archive")
+    np.savez("rank.npz", x=np.zeros((3, 5)))
+    np.savez("odd.npz", x=np.zeros((3, 5, 2)), z=np.zeros(3))
+    (tmp_path / "two.csv").write_text("a,b\n1,2\n3,4\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letters").write_text("dear")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    error = refused(capsys, *line)
+    assert message in error
+    after = sorted(path.name for path in tmp_path.rglob("*"))
+    assert after == before or "backend" in error
+
+
+def test_with_json_an_error_is_an_object_too(capsys):
+    assert call("generate", "none.safetensors", "--json") == 2
+    out, err = capsys.readouterr()
+    assert "none.safetensors" in json.loads(out)["error"] and err.startswith("numlstm: error:")
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(text_model, text_file, capsys):
+    line = ("train", "text", text_file, *SMALL_TEXT, "--out", "text")
+    assert "--overwrite" in refused(capsys, *line)
+    assert call(*line, "--overwrite") == 0
+    capsys.readouterr()
+    first = call_json(capsys, "train", "text", text_file, *SMALL_TEXT)["model"]
+    second = call_json(capsys, "train", "text", text_file, *SMALL_TEXT)["model"]
+    assert first == os.path.join("runs", "cats", "model.safetensors")
+    assert second == os.path.join("runs", "cats-2", "model.safetensors")
+
+
+def test_json_has_no_nan():
+    given = {"a": np.float32("nan"), "b": (np.int64(2), [float("inf")]), "c": np.array([1.5, np.nan])}
+    assert json.loads(json.dumps(plain(given), allow_nan=False)) == {
+        "a": None,
+        "b": [2, [None]],
+        "c": [1.5, None],
+    }
