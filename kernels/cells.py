@@ -89,7 +89,7 @@ def elman(activation: str = "tanh") -> Cell:
 
 @cache
 def gru(activation: str = "tanh", recurrent_activation: str = "sigmoid") -> Cell:
-    """Gated recurrent unit, the form with one recurrent product a step (`reset_after`): Cho et al. 2014, as cuDNN computes it.
+    """Gated recurrent unit: Cho et al. 2014, in cuDNN's form with one recurrent product a step (`reset_after`).
 
     `b_n` is the recurrent bias of the candidate, inside the reset gate's product.
     """
@@ -101,8 +101,6 @@ def gru(activation: str = "tanh", recurrent_activation: str = "sigmoid") -> Cell
         return (1 - z) * n + z * h
 
     return gru
-
-
 
 
 @cache
@@ -122,7 +120,9 @@ def zoneout(of: Cell) -> Cell:
         value = dict(zip(arguments, values, strict=True))
         new = inner(*(value[n] for n in names))
         new = new if isinstance(new, tuple) else (new,)
-        return tuple(value[z] * value[s] + (1 - value[z]) * n for z, s, n in zip(aux, of.state, new, strict=True))
+        return tuple(
+            value[z] * value[s] + (1 - value[z]) * n for z, s, n in zip(aux, of.state, new, strict=True)
+        )
 
     parameter = inspect.Parameter
     with_zoneout.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

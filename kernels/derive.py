@@ -45,7 +45,9 @@ FOLD: dict[str, Callable[..., Any]] = {
 }
 SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<="}
 COMPARISONS = {"lt", "le"}
-ARITY = {"neg": 1, "where": 3} | dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le"), 2)
+ARITY = {"neg": 1, "where": 3} | dict.fromkeys(
+    ("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le"), 2
+)
 DEAR = {"exp", "log", "sqrt", "tanh", "sigmoid", "softplus"}  # never computed twice
 
 # Prices of the minimum cut, in units of one saved value (a store now, a load later).
@@ -149,7 +151,9 @@ class Symbol:
         if op == "where" and nodes[0].op not in COMPARISONS:
             raise TraceError("where(condition, a, b): the condition must be a comparison by <, <=, > or >=")
         if any(n.op in COMPARISONS for n in nodes[op == "where" :]):
-            raise TraceError(f"{op}: a comparison has no number; it can only be the condition of where(condition, a, b)")
+            raise TraceError(
+                f"{op}: a comparison has no number; it can only be the condition of where(condition, a, b)"
+            )
         return Symbol(self.graph, self.graph.make(op, *nodes))
 
     def _node_of(self, op: str, a: Any) -> Node:
@@ -212,7 +216,9 @@ class Symbol:
         return self._apply("le", b, self)
 
     def __eq__(self, b: object) -> Any:
-        raise TraceError("== on a traced value: a cell can compare by <, <=, > and >= inside where(), never by equality")
+        raise TraceError(
+            "== on a traced value: a cell can compare by <, <=, > and >= inside where(), never by equality"
+        )
 
     __ne__ = __eq__
     __hash__ = None  # type: ignore[assignment]
@@ -248,7 +254,8 @@ def _primitive(name: str) -> Callable[..., Any]:
 
 
 exp, log, sqrt, tanh, sigmoid, softplus, maximum, minimum, where = (
-    _primitive(n) for n in ("exp", "log", "sqrt", "tanh", "sigmoid", "softplus", "maximum", "minimum", "where")
+    _primitive(n)
+    for n in ("exp", "log", "sqrt", "tanh", "sigmoid", "softplus", "maximum", "minimum", "where")
 )
 
 
@@ -261,7 +268,9 @@ def clip(x: Any, low: float, high: float) -> Any:
 
 
 def _elu(x: Any, alpha: float = 1.0) -> Any:
-    return where(x > 0, x, alpha * (exp(where(x > 0, 0.0, x)) - 1))  # the inner choice keeps exp finite where it is not used
+    return where(
+        x > 0, x, alpha * (exp(where(x > 0, 0.0, x)) - 1)
+    )  # the inner choice keeps exp finite where it is not used
 
 
 # The element-wise activations, by their Keras 3 names and definitions. Each is made of the primitives above.
@@ -377,12 +386,21 @@ class Cell:
         self.x_gates, self.h_gates = self.pre[: len(self.gates)], self.pre[len(only_x) :]
         self.params = tuple(n for n in arguments if n not in (*self.pre, *self.state, *self.aux))
         if missing := [a for a in self.aux if a not in arguments]:
-            raise TraceError(f"cell {self.name}: its function has no argument for {missing}; it has {arguments}")
+            raise TraceError(
+                f"cell {self.name}: its function has no argument for {missing}; it has {arguments}"
+            )
         self.function = function
         if missing := [p for p in self.pre if p not in arguments]:
-            raise TraceError(f"cell {self.name}: its function has no argument for the gates {missing}; it has {arguments}")
+            raise TraceError(
+                f"cell {self.name}: its function has no argument for the gates {missing}; it has {arguments}"
+            )
         self._trace(function, arguments)
-        text = "|".join(map(repr, (self.gates, self.state, self.pre, self.params, self.aux, self.backward_args, self.saved)))
+        text = "|".join(
+            map(
+                repr,
+                (self.gates, self.state, self.pre, self.params, self.aux, self.backward_args, self.saved),
+            )
+        )
         self.digest = hashlib.sha256((text + self.forward_source + self.backward_source).encode()).hexdigest()
 
     # Cells with the same equations are one: kernels made for the first serve them all.
@@ -398,23 +416,33 @@ class Cell:
     def _arguments(self, function: Callable[..., Any]) -> list[str]:
         kinds = inspect.Parameter
         if not isinstance(function, types.FunctionType):
-            raise TraceError(f"cell {self.name}: expected a plain Python function, got a {type(function).__name__}")
+            raise TraceError(
+                f"cell {self.name}: expected a plain Python function, got a {type(function).__name__}"
+            )
         for p in inspect.signature(function).parameters.values():
             if p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
-                raise TraceError(f"cell {self.name}: its arguments are matched by name, so *{p.name} can't be used")
+                raise TraceError(
+                    f"cell {self.name}: its arguments are matched by name, so *{p.name} can't be used"
+                )
             if p.kind is kinds.KEYWORD_ONLY or p.default is not kinds.empty:
                 raise TraceError(
                     f"cell {self.name}: {p.name} has a default or is keyword-only, but every argument is a gate, "
                     "a state or a trained per-unit parameter; write a constant into the equations"
                 )
-        reserved = [n for n in inspect.signature(function).parameters if n in LANGUAGE or self._emitted_name(n)]
+        reserved = [
+            n for n in inspect.signature(function).parameters if n in LANGUAGE or self._emitted_name(n)
+        ]
         if reserved:
-            raise TraceError(f"cell {self.name}: the argument names {reserved} are used by the emitted code: rename them")
+            raise TraceError(
+                f"cell {self.name}: the argument names {reserved} are used by the emitted code: rename them"
+            )
         declared = [*self.gates, *self.state, *self.aux]
         if not self.gates or not self.state:
             raise TraceError(f"cell {self.name}: a cell has at least one gate and one state, got {declared}")
         if twice := sorted({n for n in declared if declared.count(n) > 1}):
-            raise TraceError(f"cell {self.name}: the names {twice} are given twice among gates, states and aux")
+            raise TraceError(
+                f"cell {self.name}: the names {twice} are given twice among gates, states and aux"
+            )
         unknown = [g for g in self.split if g not in self.gates]
         if unknown:
             raise TraceError(f"cell {self.name}: split names {unknown}, but the gates are {self.gates}")
@@ -422,7 +450,9 @@ class Cell:
 
     def _emitted_name(self, name: str) -> bool:
         """Whether emitted code may use `name` for something of its own: v0, y0, d_h, a new state's h1, K."""
-        return name == "K" or bool(re.fullmatch(r"[vy]\d+|d_.*", name)) or name in {s + "1" for s in self.state}
+        return (
+            name == "K" or bool(re.fullmatch(r"[vy]\d+|d_.*", name)) or name in {s + "1" for s in self.state}
+        )
 
     def _trace(self, function: Callable[..., Any], arguments: list[str]) -> None:
         graph = Graph()
@@ -433,11 +463,17 @@ class Cell:
             raise TraceError(f"cell {self.name}: {error}") from None
         except Exception as error:  # x % 2, a jitted function, a misspelt name
             known = ", ".join(sorted(LANGUAGE))
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise TraceError(f"cell {self.name}: {reason} (+ - * / <, whole powers and {known} can be traced)") from error
+            reason = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
+            raise TraceError(
+                f"cell {self.name}: {reason} (+ - * / <, whole powers and {known} can be traced)"
+            ) from error
         out = out if isinstance(out, tuple) else (out,)
         if len(out) != len(self.state):
-            raise TraceError(f"cell {self.name} returns {len(out)} values for its {len(self.state)} states {self.state}")
+            raise TraceError(
+                f"cell {self.name} returns {len(out)} values for its {len(self.state)} states {self.state}"
+            )
         any_leaf = next(iter(leaves.values()))
         new = [Symbol(graph, any_leaf._node_of(f"cell {self.name} returns", o)) for o in out]
         if any(n.node.op in COMPARISONS for n in new):
@@ -446,8 +482,13 @@ class Cell:
         seeds = [Symbol(graph, graph.node("leaf", (), f"d_{s}")) for s in self.state]
         gradients = self._differentiate(graph, forward_nodes, new, seeds)
         zero = Symbol(graph, graph.constant(0.0))
-        wanted = [gradients.get(leaves[n].node, zero) if n in leaves else zero for n in (*self.pre, *self.state, *self.params)]
-        self._emit_passes(graph, leaves, [n.node for n in new], [s.node for s in seeds], [w.node for w in wanted])
+        wanted = [
+            gradients.get(leaves[n].node, zero) if n in leaves else zero
+            for n in (*self.pre, *self.state, *self.params)
+        ]
+        self._emit_passes(
+            graph, leaves, [n.node for n in new], [s.node for s in seeds], [w.node for w in wanted]
+        )
 
     @staticmethod
     def _differentiate(
@@ -463,7 +504,9 @@ class Cell:
             give(value.node, seed)
         for node in reversed(forward_nodes):
             if node in gradients and node.args:
-                partials = _partials(Symbol(graph, node), [Symbol(graph, a) for a in node.args], gradients[node])
+                partials = _partials(
+                    Symbol(graph, node), [Symbol(graph, a) for a in node.args], gradients[node]
+                )
                 for a, d in zip(node.args, partials, strict=True):
                     give(a, d)
         return gradients
@@ -478,15 +521,22 @@ class Cell:
         self.saved = len(saved)
         names = [f"y{k}" for k in range(len(saved))]
         given = {n: y for n, y in zip(saved, names, strict=True)}
-        given.update({n: s + "1" for n, s in zip(new, self.state, strict=True) if n in kept and n not in given})
+        given.update(
+            {n: s + "1" for n, s in zip(new, self.state, strict=True) if n in kept and n not in given}
+        )
         given.update({n: n.value for n in kept if n.op == "leaf" and n not in given})
         given.update({s: s.value for s in seeds})
         self.forward_args = tuple(leaves)
         self.backward_args = (*names, *(t for n, t in given.items() if n not in saved))
         # A comparison is saved as 0 or 1.
-        stored = [graph.make("where", n, graph.constant(1), graph.constant(0)) if n.op in COMPARISONS else n for n in saved]
+        stored = [
+            graph.make("where", n, graph.constant(1), graph.constant(0)) if n.op in COMPARISONS else n
+            for n in saved
+        ]
         given.update({n: f"({y} > K(0.5))" for n, y in zip(saved, names, strict=True) if n.op in COMPARISONS})
-        self.forward_source = emit("forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()})
+        self.forward_source = emit(
+            "forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()}
+        )
         self.backward_source = emit("backward", self.backward_args, wanted, given)
 
 
@@ -496,7 +546,9 @@ def in_language(function: types.FunctionType) -> Callable[..., Any]:
     return types.FunctionType(function.__code__, scope, function.__name__, None, function.__closure__)
 
 
-def choose_saved(graph: Graph, seeds: list[Node], wanted: list[Node], stored_anyway: list[Node]) -> list[Node]:
+def choose_saved(
+    graph: Graph, seeds: list[Node], wanted: list[Node], stored_anyway: list[Node]
+) -> list[Node]:
     """Save or recompute, as a minimum cut between what the forward pass has and what the backward pass needs.
 
     Every forward value is a pair of vertices: the edge into it costs its recomputation (infinite for an exponential), the
@@ -532,11 +584,15 @@ def choose_saved(graph: Graph, seeds: list[Node], wanted: list[Node], stored_any
         if n in needed:
             edges.append((("out", n), "sink", math.inf))
     side = minimum_cut(edges, "source", "sink")
-    return [n for n in graph.nodes if n not in late and n.op != "const" and ("in", n) in side and ("out", n) not in side]
+    return [
+        n
+        for n in graph.nodes
+        if n not in late and n.op != "const" and ("in", n) in side and ("out", n) not in side
+    ]
 
 
 def minimum_cut(edges: list[tuple[Any, Any, float]], source: Any, sink: Any) -> set[Any]:
-    """The source's side of a minimum cut, by shortest augmenting paths (Edmonds and Karp 1972); graphs of a few dozen nodes."""
+    """The source's side of a minimum cut, by shortest augmenting paths: Edmonds and Karp 1972."""
     capacity: dict[Any, dict[Any, float]] = {source: {}, sink: {}}
     for u, v, c in edges:
         capacity.setdefault(u, {})
@@ -600,7 +656,9 @@ def emit(name: str, arguments: Sequence[str], outputs: list[Node], given: dict[N
 
 def _literal(x: float) -> str:
     """A number's text; Python has no literal for those beyond the largest, but reads 1e999 as infinity."""
-    return repr(x) if math.isfinite(x) else "1e999 - 1e999" if math.isnan(x) else "1e999" if x > 0 else "-1e999"
+    return (
+        repr(x) if math.isfinite(x) else "1e999 - 1e999" if math.isnan(x) else "1e999" if x > 0 else "-1e999"
+    )
 
 
 def _bare(s: str) -> str:

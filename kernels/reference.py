@@ -74,7 +74,8 @@ def forward(
 
     >>> import numpy as np
     >>> from numlstm.kernels import cells
-    >>> out = forward(cells.elman(), np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1)), None, (), None, None, training=False)
+    >>> x, kernel, recurrent_kernel = np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1))
+    >>> out = forward(cells.elman(), x, kernel, recurrent_kernel, None, (), None, None, training=False)
     >>> out.h.ravel().round(4).tolist()
     [0.7616, 0.7616, 0.7616]
     """
@@ -114,7 +115,9 @@ def forward(
     return Forward(states[0][1:], final, tuple(s[1:] for s in states[1:]), residual)
 
 
-def _pre_activations(cell: Cell, gate: dict[str, slice], x: np.ndarray, h: np.ndarray) -> dict[str, np.ndarray]:
+def _pre_activations(
+    cell: Cell, gate: dict[str, slice], x: np.ndarray, h: np.ndarray
+) -> dict[str, np.ndarray]:
     """The pre-activations by name: W x + R h, or its two parts where the cell asks for them apart."""
     values = {}
     for name, columns in gate.items():
@@ -126,7 +129,9 @@ def _pre_activations(cell: Cell, gate: dict[str, slice], x: np.ndarray, h: np.nd
 
 
 @np.errstate(all="ignore")
-def backward(residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
+def backward(
+    residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True
+) -> Gradients:
     """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state."""
     r, cell = residual, residual.cell
     T, B, H, G = r.shape

@@ -70,7 +70,10 @@ def check_forward(
         _expect("valid", valid, (T, B))
     if len(aux) != len(cell.aux):
         raise ValueError(f"aux: expected one array for each of {cell.aux}, got {len(aux)}")
-    named = [*zip(cell.aux, aux, strict=True), *([] if recurrent_mask is None else [("recurrent_mask", recurrent_mask)])]
+    named = [
+        *zip(cell.aux, aux, strict=True),
+        *([] if recurrent_mask is None else [("recurrent_mask", recurrent_mask)]),
+    ]
     for name, a in named:
         if a.ndim != 3 or any(n not in (1, m) for n, m in zip(a.shape, (T, B, H), strict=True)):
             raise ValueError(f"{name}: expected a shape that broadcasts to {(T, B, H)}, got {a.shape}")

@@ -1,11 +1,9 @@
-"""Sequence to sequence: an encoder LSTM, a decoder LSTM that attends to what the encoder saw, and two ways to
-decode.
+"""Sequence to sequence: an encoder LSTM, a decoder LSTM that attends to what the encoder saw, two ways to decode.
 
-Sutskever et al. 2014 with the attention of Luong et al. 2015. Sequences are integers: 0 is padding, `start`
-and `end` are put around the targets by the model, and everything from `SPECIALS` on is the user's. Training
-teaches by force: the decoder reads the target and predicts its next token. Decoding goes token by token,
-    handing on the LSTM's state; nothing
-that was decoded is computed again.
+Sutskever et al. 2014 with the attention of Luong et al. 2015. Sequences are integers: 0 is padding, `START` and
+`END` are put around the targets by the model, and everything from `SPECIALS` on is the user's. Training teaches
+by force: the decoder reads the target and predicts its next token. Decoding goes token by token, handing on the
+LSTM's state; nothing that was decoded is computed again.
 """
 
 from __future__ import annotations
@@ -179,8 +177,7 @@ class Seq2Seq(Model):
         return _Memory(outputs, mask), _State(h, c, Tensor(np.zeros(h.shape, self.dtype)))
 
     def step(self, ids: np.ndarray, state: _State, memory: _Memory) -> tuple[np.ndarray, _State]:
-        """One step of decoding: from the last tokens (batch,) to logits (batch, target_vocabulary), and
-        on."""
+        """One step of decoding: from the last tokens (batch,) to logits (batch, target_vocabulary)."""
         state = self._advance(self.target_embedding(ids[:, None]), state, memory)
         return self.head(state.attentional).numpy(), state
 
@@ -423,8 +420,7 @@ class _Beam:
         return ((5 + length) / 6) ** self.penalty
 
     def _settled(self) -> bool:
-        """Can no beginning overtake the `width` best? It only gets less likely, and no longer than the
-        limit."""
+        """Can no beginning overtake the `width` best? It only gets less likely, up to the limit."""
         if len(self.complete) < self.width:
             return False
         standing = sorted((score for score, _ in self.complete), reverse=True)[self.width - 1]

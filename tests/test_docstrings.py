@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,3 +27,13 @@ def test_examples(name, monkeypatch, tmp_path):
     module = importlib.import_module(name)
     failures, _ = doctest.testmod(module, extraglobs={"np": np, "nl": numlstm})
     assert failures == 0, f"{failures} examples fail; see: python -m doctest -v"
+
+
+def test_the_readmes_program(monkeypatch, tmp_path, capsys):
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    monkeypatch.chdir(tmp_path)
+    program = readme.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(program, names)
+    assert names["model"].history.history["val_loss"][-1] < 0.01  # it has learned the wave
+    assert (tmp_path / "wave.safetensors").exists()

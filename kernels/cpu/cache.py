@@ -55,7 +55,9 @@ def _hash_of_sources() -> str:
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
-_SOURCES = _hash_of_sources()  # at import: later the files may be those of an upgrade that this process does not run
+_SOURCES = (
+    _hash_of_sources()
+)  # at import: later the files may be those of an upgrade that this process does not run
 
 
 @cache

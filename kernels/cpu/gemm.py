@@ -36,7 +36,9 @@ from .workspace import aligned
 
 __all__ = ["matmul"]
 
-SMALL = 8192  # multiply-adds below which NumPy's own product (one thread at that size) is quicker than a dispatch
+SMALL = (
+    8192  # multiply-adds below which NumPy's own product (one thread at that size) is quicker than a dispatch
+)
 ONE_THREAD_BELOW = 2e6  # multiply-adds
 DEPTH = 256  # k a pass: a panel's part stays in cache while the rows' tiles go by
 

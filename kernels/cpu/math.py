@@ -26,7 +26,11 @@ from .simd import (
 
 __all__ = ["NAMES", "exp", "log", "maximum", "minimum", "sigmoid", "softplus", "sqrt", "tanh"]
 
-LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4  # high + low = ln 2, high in 9 bits
+LOG2E, LN2_HIGH, LN2_LOW = (
+    1.4426950408889634,
+    0.693359375,
+    -2.12194440e-4,
+)  # high + low = ln 2, high in 9 bits
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 TANH_ODD = (
     -2.76076847742355e-16,
@@ -100,7 +104,9 @@ def _reciprocal(b: ir.IRBuilder, x: Any) -> Any:
 @operation("v(v)")
 def exp(b, x):
     p, n = _exp_reduced(b, _clamp(b, x, -104.0, 89.0))
-    half = vector_call(b, "floor", b.fmul(n, const(0.5)))  # in two steps: the ends reach infinity and the subnormals
+    half = vector_call(
+        b, "floor", b.fmul(n, const(0.5))
+    )  # in two steps: the ends reach infinity and the subnormals
     return _times_power_of_two(b, _times_power_of_two(b, p, half), b.fsub(n, half))
 
 

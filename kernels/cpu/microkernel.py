@@ -73,7 +73,10 @@ def _add_product(
     b.position_at_end(loop)
     k, offset, position = b.phi(I64), b.phi(I64), b.phi(I64)
     accumulators = {key: b.phi(VECTOR) for key in live}
-    row = [b.load(pointer(b, b.add(position, I64((n - first) * VECTOR_BYTES)), VECTOR), align=4) for n in range(first, last)]
+    row = [
+        b.load(pointer(b, b.add(position, I64((n - first) * VECTOR_BYTES)), VECTOR), align=4)
+        for n in range(first, last)
+    ]
     new = {}
     for m in range(rows):
         x = broadcast(b, b.load(pointer(b, b.add(row_base[m], offset), F32), align=4))

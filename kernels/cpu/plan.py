@@ -32,7 +32,9 @@ def share(total, shard, shards):
     return total * shard // shards, total * (shard + 1) // shards
 
 
-def make_plan(places: type[IntEnum], sizes: Mapping[Any, int], arrays: Mapping[Any, np.ndarray]) -> np.ndarray:
+def make_plan(
+    places: type[IntEnum], sizes: Mapping[Any, int], arrays: Mapping[Any, np.ndarray]
+) -> np.ndarray:
     """A plan with `sizes` and the addresses of `arrays`; what neither names is 0."""
     plan = np.zeros(len(places), np.int64)
     for place, value in sizes.items():

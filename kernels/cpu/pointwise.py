@@ -101,7 +101,9 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[np.nd
         raise ValueError(f"logits: expected shape (M, V), got {logits.shape}")
     M, V = logits.shape
     if labels.shape != (M,) or labels.dtype.kind not in "iub":
-        raise ValueError(f"labels: expected whole numbers of shape {(M,)}, got {labels.dtype} of {labels.shape}")
+        raise ValueError(
+            f"labels: expected whole numbers of shape {(M,)}, got {labels.dtype} of {labels.shape}"
+        )
     labels = np.ascontiguousarray(labels, np.int64)
     if M and (labels.min() < 0 or labels.max() >= V):
         raise ValueError(f"labels: expected whole numbers in 0..{V - 1}, got {labels.min()}..{labels.max()}")
@@ -131,7 +133,12 @@ class Mask(IntEnum):
 
 
 def _dropout_mask(p, shard, shards):
-    size, out, below, scale = get(p, Mask.SIZE), get(p, Mask.OUT), get(p, Mask.BELOW), load_scalar(get(p, Mask.SCALE))
+    size, out, below, scale = (
+        get(p, Mask.SIZE),
+        get(p, Mask.OUT),
+        get(p, Mask.BELOW),
+        load_scalar(get(p, Mask.SCALE)),
+    )
     first, last = share((size + 3) // 4, shard, shards)
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     for i in range(first, last):
@@ -152,7 +159,9 @@ def _mask_kernel() -> Any:
     return compile_kernel(_dropout_mask, "dropout_mask", "", SIGNATURE)
 
 
-def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, stream: int, dtype: Any = np.float32) -> np.ndarray:
+def dropout_mask(
+    shape: tuple[int, ...], rate: float, seed: int, stream: int, dtype: Any = np.float32
+) -> np.ndarray:
     """0 with probability `rate`, else 1 / (1 - rate); the same bits as ../reference_pointwise.py gives.
 
     >>> sorted(set(dropout_mask((100,), 0.5, 0, 0).tolist()))
@@ -224,7 +233,13 @@ def _rmsprop(p, shard, shards):
     """Settings: lr, rho, momentum, eps, 1 - rho. S0: mean square, S1: mean (centred), S2: momentum."""
     first, last, size = _part(p, shard, shards)
     w, g, ms, mg, mom = get(p, Slots.W), get(p, Slots.G), get(p, Slots.S0), get(p, Slots.S1), get(p, Slots.S2)
-    lr, rho, momentum, eps, rest = _setting(p, 0), _setting(p, 1), _setting(p, 2), _setting(p, 3), _setting(p, 4)
+    lr, rho, momentum, eps, rest = (
+        _setting(p, 0),
+        _setting(p, 1),
+        _setting(p, 2),
+        _setting(p, 3),
+        _setting(p, 4),
+    )
     for q in range(first, last, VECTOR_BYTES):
         n = size - q // 4
         d = load_n(g + q, n)
@@ -279,8 +294,14 @@ def _update(
             arrays[Slots.S0 + k] = slot
     for array in arrays.values():
         flags = array.flags
-        if array.dtype != np.float32 or array.shape != w.shape or not (flags.c_contiguous and flags.writeable):
-            raise ValueError(f"{name}: variable and slots must be contiguous writeable float32 arrays of one shape")
+        if (
+            array.dtype != np.float32
+            or array.shape != w.shape
+            or not (flags.c_contiguous and flags.writeable)
+        ):
+            raise ValueError(
+                f"{name}: variable and slots must be contiguous writeable float32 arrays of one shape"
+            )
     if g.shape != w.shape:
         raise ValueError(f"{name}: gradient of shape {g.shape} for a variable of shape {w.shape}")
     arrays[Slots.G] = np.ascontiguousarray(g, np.float32)
@@ -289,7 +310,9 @@ def _update(
     threads.run(_update_kernel(name), plan.ctypes.data, _shards(w.size))
 
 
-def sgd_update(w: np.ndarray, g: np.ndarray, v: np.ndarray | None, lr: float, momentum: float, nesterov: bool) -> None:
+def sgd_update(
+    w: np.ndarray, g: np.ndarray, v: np.ndarray | None, lr: float, momentum: float, nesterov: bool
+) -> None:
     """One step of SGD, in place; `v` holds the momentum."""
     _update("sgd", w, g, (v,), (lr, momentum), nesterov)
 

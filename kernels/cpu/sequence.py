@@ -57,7 +57,9 @@ from .workspace import aligned, carve
 __all__ = ["backward", "forward"]
 
 # The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
-ONE_THREAD_BELOW = 2e7  # floating-point operations of a forward pass; a second thread costs about 45 us to start
+ONE_THREAD_BELOW = (
+    2e7  # floating-point operations of a forward pass; a second thread costs about 45 us to start
+)
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
 GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
@@ -155,6 +157,11 @@ def tile_source(cell: Cell) -> str:
     return _forward_tile(cell, lay) + "\n" + _backward_tile(cell, lay)
 
 
+def field(place: P) -> str:
+    """The plan's value at `place`, in emitted text."""
+    return f"load_int(p + {8 * place})"
+
+
 def _inline(source: str, arguments: tuple[str, ...], results: list[str], indent: str) -> list[str]:
     """The body of an emitted function as statements that assign its results, all names prefixed by `_`, so that a cell's
     names can't meet the loop's. (Calling the function instead costs Numba a second of inlining.)"""
@@ -176,15 +183,15 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
     uses = set(cell.forward_args)
     o = [
         "def forward_tile(p, s, s_step, rows, t, b, u):",
-        f"    hp4 = load_int(p + {8 * P.HP}); B = load_int(p + {8 * P.B}); TB = load_int(p + {8 * P.T}) * B; r = t * B + b",
-        f"    valid = load_int(p + {8 * P.VALID}); training = load_int(p + {8 * P.TRAINING}); hp4 = hp4 * 4; at = u * {wb}",
-        f"    hi = load_int(p + {8 * P.STATE_H}) + r * hp4 + at; ho = hi + B * hp4",
-        f"    slot = load_int(p + {8 * P.STATE_SLOT}); step = load_int(p + {8 * P.STATE_STEP})",
-        f"    ci = load_int(p + {8 * P.STATES}) + t * step + b * hp4 + at; co = ci + step",
-        f"    e = load_int(p + {8 * P.EXTRA}) + (u * TB + r) * {lay.extra * wb}; w = load_int(p + {8 * P.PARAMS}) + at",
-        f"    H = load_int(p + {8 * P.H}); first = u * {lay.width}; mask = load_int(p + {8 * P.MASK}); aux = load_int(p + {8 * P.AUX})",
-        f"    masked = mask != 0 and t + 1 < load_int(p + {8 * P.T}); mask_row = load_int(p + {8 * P.MASK_B})",
-        f"    mask += (t + 1) * load_int(p + {8 * P.MASK_T}) + b * mask_row + at; fed = load_int(p + {8 * P.FED}) + (r + B) * hp4 + at",
+        f"    hp4 = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
+        f"    valid = {field(P.VALID)}; training = {field(P.TRAINING)}; hp4 = hp4 * 4; at = u * {wb}",
+        f"    hi = {field(P.STATE_H)} + r * hp4 + at; ho = hi + B * hp4",
+        f"    slot = {field(P.STATE_SLOT)}; step = {field(P.STATE_STEP)}",
+        f"    ci = {field(P.STATES)} + t * step + b * hp4 + at; co = ci + step",
+        f"    e = {field(P.EXTRA)} + (u * TB + r) * {lay.extra * wb}; w = {field(P.PARAMS)} + at",
+        f"    H = {field(P.H)}; first = u * {lay.width}; aux = {field(P.AUX)}; mask = {field(P.MASK)}",
+        f"    masked = mask != 0 and t + 1 < {field(P.T)}; mask_row = {field(P.MASK_B)}",
+        f"    mask += (t + 1) * {field(P.MASK_T)} + b * mask_row + at; fed = {field(P.FED)} + (r + B) * hp4 + at",
         *_aux_rows(cell, "+ at"),
         "    for m in range(rows):",
         "        if valid == 0 or load_byte(valid + r + m) != 0:",
@@ -196,31 +203,44 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
         if s in uses:
             o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
     o += [f"{indent}_{n} = load(w + {k} * hp4 + q)" for k, n in enumerate(cell.params)]
-    o += [f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, H - first - q // 4)" for k, n in enumerate(cell.aux)]
+    o += [
+        f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, H - first - q // 4)" for k, n in enumerate(cell.aux)
+    ]
     results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
     o += _inline(cell.forward_source, cell.forward_args, results, indent)
-    o += [f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)" for k, s in enumerate(cell.state)]
+    o += [
+        f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)"
+        for k, s in enumerate(cell.state)
+    ]
     if cell.saved:
         o.append(f"{indent}if training != 0:")
         for k in range(cell.saved):
             where = f"s + {k * wb}" if k < lay.pre else f"e + {(k - lay.pre) * wb}"
             o.append(f"{indent}    store({where} + q, _y{k})")
-    o += ["        else:", f"            for q in range(0, {wb}, {VECTOR_BYTES}):", f"{indent}store(ho + q, load(hi + q))"]
-    o += [f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)]
+    o += [
+        "        else:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+        f"{indent}store(ho + q, load(hi + q))",
+    ]
+    o += [
+        f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)
+    ]
     o += [
         "        if masked:",
         f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
         f"{indent}store(fed + q, load(ho + q) * load_n(mask + q, H - first - q // 4))",
-        f"        s += s_step; hi += hp4; ho += hp4; ci += hp4; co += hp4; e += {lay.extra * wb}; mask += mask_row; fed += hp4",
+        f"        s += s_step; e += {lay.extra * wb}; mask += mask_row",
+        "        hi += hp4; ho += hp4; ci += hp4; co += hp4; fed += hp4",
     ]
     return "\n".join(o) + "\n"
 
 
 def _aux_rows(cell: Cell, place: str) -> list[str]:
-    """Statements that set x0, x_row0, x1, ...: where each aux array's step t and row b lie, and the bytes to the next row."""
+    """Statements that set x0, x_row0, x1, ...: an aux array's step t and row b, and the bytes to the next row."""
     at = lambda k, n: f"load_int(aux + {24 * k + 8 * n})"
     return [
-        f"    x_row{k} = {at(k, 2)}; x{k} = {at(k, 0)} + t * {at(k, 1)} + b * x_row{k} {place}" for k in range(len(cell.aux))
+        f"    x_row{k} = {at(k, 2)}; x{k} = {at(k, 0)} + t * {at(k, 1)} + b * x_row{k} {place}"
+        for k in range(len(cell.aux))
     ]
 
 
@@ -233,18 +253,18 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
     uses = set(cell.backward_args)
     o = [
         "def backward_tile(p, s, s_step, rows, t, b, v, vectors):",
-        f"    HP = load_int(p + {8 * P.HP}); B = load_int(p + {8 * P.B}); TB = load_int(p + {8 * P.T}) * B; r = t * B + b",
-        f"    hp4 = HP * 4; valid = load_int(p + {8 * P.VALID}); H = load_int(p + {8 * P.H}); dslot = B * hp4",
-        f"    slot = load_int(p + {8 * P.STATE_SLOT}); step = load_int(p + {8 * P.STATE_STEP})",
-        f"    hi0 = load_int(p + {8 * P.STATE_H}) + r * hp4; ci0 = load_int(p + {8 * P.STATES}) + t * step + b * hp4",
-        f"    w0 = load_int(p + {8 * P.PARAMS}); g0 = load_int(p + {8 * P.GATES}); e0 = load_int(p + {8 * P.EXTRA})",
-        f"    dy0 = load_int(p + {8 * P.DY}); ds0 = load_int(p + {8 * P.DSTATE}) + b * hp4",
-        f"    if dy0 != 0: dy0 += t * load_int(p + {8 * P.DY_T}) + b * load_int(p + {8 * P.DY_B})",
-        f"    dy_step = load_int(p + {8 * P.DY_B}); dp0 = load_int(p + {8 * P.DPARAMS}) + b * hp4",
-        f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = load_int(p + {8 * P.D}) + ((t & 1) * B + b) * d_row",
-        f"    mask = load_int(p + {8 * P.MASK}); masked = mask != 0 and t + 1 < load_int(p + {8 * P.T})",
-        f"    mask_row = load_int(p + {8 * P.MASK_B}); mask += (t + 1) * load_int(p + {8 * P.MASK_T}) + b * mask_row",
-        f"    aux = load_int(p + {8 * P.AUX})",
+        f"    HP = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
+        f"    hp4 = HP * 4; valid = {field(P.VALID)}; H = {field(P.H)}; dslot = B * hp4",
+        f"    slot = {field(P.STATE_SLOT)}; step = {field(P.STATE_STEP)}",
+        f"    hi0 = {field(P.STATE_H)} + r * hp4; ci0 = {field(P.STATES)} + t * step + b * hp4",
+        f"    w0 = {field(P.PARAMS)}; g0 = {field(P.GATES)}; e0 = {field(P.EXTRA)}",
+        f"    dy0 = {field(P.DY)}; ds0 = {field(P.DSTATE)} + b * hp4",
+        f"    if dy0 != 0: dy0 += t * {field(P.DY_T)} + b * {field(P.DY_B)}",
+        f"    dy_step = {field(P.DY_B)}; dp0 = {field(P.DPARAMS)} + b * hp4",
+        f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
+        f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
+        f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
+        f"    aux = {field(P.AUX)}",
         *_aux_rows(cell, ""),
         "    for m in range(rows):",
         "        live = valid == 0 or load_byte(valid + r + m) != 0",
@@ -275,7 +295,11 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         else:
             extra = f"e0 + (block * TB + r + m) * {lay.extra * wb} + sub + {(k - lay.pre) * wb}"
             o.append(f"{indent}_y{k} = load({extra})")
-    results = [*(f"g_{n}" for n in cell.pre), *(f"s_{n}" for n in cell.state), *(f"p_{n}" for n in cell.params)]
+    results = [
+        *(f"g_{n}" for n in cell.pre),
+        *(f"s_{n}" for n in cell.state),
+        *(f"p_{n}" for n in cell.params),
+    ]
     o += _inline(cell.backward_source, cell.backward_args, results, indent)
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
     o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in cell.pre]
@@ -401,7 +425,12 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
 
     def backward(p, shard, shards):
         T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
-        blocks, hp4, TB, flags = get(p, P.BLOCKS), get(p, P.HP) * 4, get(p, P.T) * get(p, P.B), get(p, P.FLAGS)
+        blocks, hp4, TB, flags = (
+            get(p, P.BLOCKS),
+            get(p, P.HP) * 4,
+            get(p, P.T) * get(p, P.B),
+            get(p, P.FLAGS),
+        )
         rt, wt, dx, d, plain = get(p, P.RT), get(p, P.WT), get(p, P.DX), get(p, P.D), get(p, P.PLAIN)
         zeros, ds, gates, d_row = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES), NP * H * 4
         s, mask = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB)), get(p, P.MASK)
@@ -502,8 +531,12 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                             c0 + c * VB, G * WB, c0 + c * VB, G * WB,
                         )  # fmt: skip
         barrier(flags, shard, shards, T + 5)
-        unpack_columns(get(p, P.DWP), I, H, blocks, GX, W, get(p, P.X_COLUMN), get(p, P.DKERNEL), shard, shards)
-        unpack_columns(get(p, P.DRP), H, H, blocks, GH, W, get(p, P.H_COLUMN), get(p, P.DRECURRENT), shard, shards)
+        unpack_columns(
+            get(p, P.DWP), I, H, blocks, GX, W, get(p, P.X_COLUMN), get(p, P.DKERNEL), shard, shards
+        )
+        unpack_columns(
+            get(p, P.DRP), H, H, blocks, GH, W, get(p, P.H_COLUMN), get(p, P.DRECURRENT), shard, shards
+        )
 
     return forward, backward
 
@@ -512,7 +545,17 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
 def _functions(cell: Cell) -> tuple[str, Any, Any]:
     """Tile source and the two driver functions, not yet compiled."""
     lay, source = Layout.of(cell), tile_source(cell)
-    scope = dict(vector_math.NAMES, K=K, load=load, store=store, load_n=load_n, store_n=store_n, keep_n=keep_n, load_int=load_int, load_byte=load_byte)
+    scope = dict(
+        vector_math.NAMES,
+        K=K,
+        load=load,
+        store=store,
+        load_n=load_n,
+        store_n=store_n,
+        keep_n=keep_n,
+        load_int=load_int,
+        load_byte=load_byte,
+    )
     exec(compile(source, f"<cell {cell.name}>", "exec"), scope)
     for name in ("forward_tile", "backward_tile"):
         scope[name].__qualname__ = unique_name(name, source)
@@ -549,9 +592,10 @@ def _split(lay: Layout, T: int, B: int, I: int, H: int) -> tuple[int, bool]:
     """How many threads share the sequence, and whether by units (else by batch)."""
     n, blocks = threads.get_num_threads(), -(-H // lay.width)
     weights = (lay.x_gates * I + lay.h_gates * H) * H
-    if n == 1 or 2.0 * T * B * weights < ONE_THREAD_BELOW:
+    operations = 2.0 * T * B * weights
+    if n == 1 or operations < ONE_THREAD_BELOW:
         return 1, False
-    if B >= ROWS_FOR_BATCH_SPLIT * n and 4 * weights <= CACHE_BYTES:
+    if ROWS_FOR_BATCH_SPLIT * n <= B and 4 * weights <= CACHE_BYTES:
         return n, False
     if blocks >= n:
         return n, True
@@ -607,14 +651,17 @@ def forward(
 
     >>> import numpy as np
     >>> from numlstm.kernels import cells
-    >>> out = forward(cells.elman(), np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1)), None, (), None, None, training=False)
+    >>> x, kernel, recurrent_kernel = np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1))
+    >>> out = forward(cells.elman(), x, kernel, recurrent_kernel, None, (), None, None, training=False)
     >>> out.h.ravel().round(4).tolist()
     [0.7616, 0.7616, 0.7616]
     """
     check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
     (T, B, I), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
     if min(T, B, I, H) < 1:
-        raise ValueError(f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}")
+        raise ValueError(
+            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
+        )
     lay = Layout.of(cell)
     W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
     HP, slots = blocks * W, T + 1 if training else 1
@@ -662,7 +709,11 @@ def forward(
         inputs += [*steps, table]
         plan[P.AUX] = table.ctypes.data
     plan[: P.UNITS_SPLIT + 1] = T, B, I, H, HP, blocks, units
-    plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = training, slots * B * HP * 4, B * HP * 4 * training
+    plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = (
+        training,
+        slots * B * HP * 4,
+        B * HP * 4 * training,
+    )
     if bias is not None:
         bias = _float32("bias", bias, (G * H,))
         inputs.append(bias)
@@ -690,7 +741,9 @@ def forward(
     return Forward(hs[1:, :, :H], final, tuple(cs[k, 1:, :, :H] for k in range(S - 1)), residual)
 
 
-def backward(residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True) -> Gradients:
+def backward(
+    residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True
+) -> Gradients:
     """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state.
 
     Raises:

@@ -22,7 +22,12 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 from .isa import LANES
 
 FLAGS = ("contract", "nsz", "arcp")  # the only place where floating-point flags are named
-JIT_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FLAGS), "boundscheck": False}
+JIT_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": set(FLAGS),
+    "boundscheck": False,
+}
 
 I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, VECTOR_INT = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -146,20 +151,44 @@ def store(b, address, value):
 def load_n(b, address, n):
     """The first n floats at `address` (n may exceed the lanes); the other lanes are 0 and their memory is not touched."""
     zero = const(0.0)
-    return call(b, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer(b, address, VECTOR), I32(4), lanes_below(b, n), zero)
+    return call(
+        b,
+        f"llvm.masked.load.v{LANES}f32.p0",
+        VECTOR,
+        pointer(b, address, VECTOR),
+        I32(4),
+        lanes_below(b, n),
+        zero,
+    )
 
 
 @operation("v(iiv)")
 def load_n_else(b, address, n, other):
     """The first n floats at `address`; the other lanes from `other`."""
-    return call(b, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, pointer(b, address, VECTOR), I32(4), lanes_below(b, n), other)
+    return call(
+        b,
+        f"llvm.masked.load.v{LANES}f32.p0",
+        VECTOR,
+        pointer(b, address, VECTOR),
+        I32(4),
+        lanes_below(b, n),
+        other,
+    )
 
 
 @operation("0(ivi)")
 def store_n(b, address, value, n):
     """Store the first n lanes."""
     void = ir.VoidType()
-    call(b, f"llvm.masked.store.v{LANES}f32.p0", void, value, pointer(b, address, VECTOR), I32(4), lanes_below(b, n))
+    call(
+        b,
+        f"llvm.masked.store.v{LANES}f32.p0",
+        void,
+        value,
+        pointer(b, address, VECTOR),
+        I32(4),
+        lanes_below(b, n),
+    )
 
 
 @operation("v(vi)")

@@ -75,7 +75,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the model and the picture; an older demo's is replaced.")
     ] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text; fewer is quicker and worse.")] = 10,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the text; fewer is quicker and worse.")
+    ] = 10,
     seed: Seed = 0,
     backend: Backend = None,
     as_json: Json = False,

@@ -101,12 +101,22 @@ def forecast_figure(
         )
     horizon = truth.shape[1]
     figure, axes = _figure(1 if horizon == 1 else 2, 9.0, 4.2 if horizon == 1 else 7.0)
-    last = slice(-shown, None)
     top = axes[0]
+    drawn, gaps = times[-shown:], _gaps(times[-shown:])
+    x = np.insert(drawn, gaps, drawn[gaps - 1])
     steps = "one step" if horizon == 1 else f"{horizon} steps"
-    top.plot(times[last], trivial[last, -1], color=ORANGE, linewidth=1, alpha=0.7, label=trivial_name)
-    top.plot(times[last], truth[last, -1], color="black", linewidth=1.4, label="truth")
-    top.plot(times[last], forecast[last, -1], color=BLUE, linewidth=1.4, label="LSTM forecast")
+    top.plot(
+        x,
+        np.insert(trivial[-shown:, -1], gaps, np.nan),
+        color=ORANGE,
+        linewidth=1,
+        alpha=0.7,
+        label=trivial_name,
+    )
+    top.plot(x, np.insert(truth[-shown:, -1], gaps, np.nan), color="black", linewidth=1.4, label="truth")
+    top.plot(
+        x, np.insert(forecast[-shown:, -1], gaps, np.nan), color=BLUE, linewidth=1.4, label="LSTM forecast"
+    )
     of = "" if len(truth) <= shown else f" (last {shown:,} of {len(truth):,} test forecasts)"
     top.set(title=f"{target}, forecast {steps} ahead{of}", xlabel=time_name, ylabel=target)
     top.legend(frameon=False, ncols=3, loc="upper left")
@@ -133,6 +143,12 @@ def _error_by_step(
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
+
+
+def _gaps(times: np.ndarray) -> np.ndarray:
+    """Where rows are left out (their truth is missing): there the lines are broken, not drawn through."""
+    steps = np.diff(times)
+    return np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) else np.array([], dtype=np.int64)
 
 
 def _short_dates(axes: Axes) -> None:

@@ -137,8 +137,7 @@ class _OneHead(_Attending):
         return ops.matmul(used, value), weights
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """How well each key (batch, Tv, features) matches each query (batch, Tq, features): (batch, Tq,
-        Tv)."""
+        """How well keys (batch, Tv, features) match queries (batch, Tq, features): (batch, Tq, Tv)."""
         raise NotImplementedError
 
 
@@ -146,18 +145,17 @@ class _OneHead(_Attending):
 class Attention(_OneHead):
     """Attention with one head: Luong et al. 2015, section 3.1, and Bahdanau et al. 2015.
 
-    The score of query q and key k, by `score_mode`: "dot" `q k`; "general" `q W k`; "concat" `w sum(tanh(q +
-    k))` with one number w, as in Keras; "additive" `v tanh(Wq q + Wk k)`, Bahdanau's. The first three need no
-    features in common beyond those that their formula meets. See `call` for the inputs.
+    The score of query q and key k, by `score_mode`: "dot" `q k`; "general" `q W k`; "concat" `w
+    sum(tanh(q + k))` with one number w, as in Keras; "additive" `v tanh(Wq q + Wk k)`, Bahdanau's. For the
+    inputs see `call`.
 
     Arguments:
-        use_scale: a trained number times the scores (in "concat" and "additive" times the sum inside the
-            tanh).
+        use_scale: a trained number times the scores (in "concat" and "additive" inside the tanh).
         score_mode: one of the four above.
         dropout: fraction of the weights dropped in training.
         seed: for dropout that does not depend on `nl.set_seed`.
         units: size of the sum in "additive"; the key's features if not given.
-        kernel_initializer, kernel_regularizer, kernel_constraint: of W, Wq, Wk and v.
+        kernel_initializer, kernel_regularizer, kernel_constraint: of the matrices (the second of v too).
 
     Raises:
         ValueError: an unknown option or score mode, inputs that don't fit each other.
@@ -209,7 +207,7 @@ class Attention(_OneHead):
             units = self.units or keys
             self.query_kernel = self._kernel("query_kernel", (queries, units))
             self.key_kernel = self._kernel("key_kernel", (keys, units))
-            self.score = self._kernel("score", (units,))
+            self.score = self.add_weight("score", (units,), "glorot_uniform", self.kernel_regularizer)
 
     def _kernel(self, name: str, shape: tuple[int, ...]) -> Variable:
         return self.add_weight(

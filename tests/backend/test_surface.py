@@ -46,6 +46,16 @@ def test_matmul(case, shape):
     assert b.matmul(x, w).dtype == dtype
 
 
+@pytest.mark.parametrize("lead", [(4,), (3, 2), (1, 2, 3)])
+def test_batched_matmul(case, lead):
+    b, dtype, near = case
+    x, y = draw(dtype, (*lead, 20, 33), (lead[-1], 33, 17))
+    near = near | {"atol": 1e-4 if dtype == np.float32 else 1e-12}
+    found = b.batched_matmul(x, y)
+    np.testing.assert_allclose(found, x.astype(np.float64) @ y.astype(np.float64), **near)
+    assert found.dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (7, 65), (33, 3), (5, 1)])
 def test_softmax_cross_entropy(case, shape):
     b, dtype, near = case

@@ -116,7 +116,7 @@ def check(question: Question, record: Callable[[str, str, str, float], None]) ->
 
     for a, b in zip(outputs32, outputs, strict=True):
         enter("cpu", "output", relative(a, b), question.cpu_bound, "cpu output")
-    # what vanishes by nature, such as the gradient of a bias on attention's keys, is held against its neighbours
+    # what vanishes by nature, such as the gradient of a bias on attention's keys, is held to the others' size
     least = 1e-2 * max((np.max(np.abs(g), initial=0.0) for g in exact.values()), default=0.0)
     for name, gradient in exact.items():
         group = question.groups[name]

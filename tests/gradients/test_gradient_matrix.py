@@ -33,7 +33,7 @@ def peephole(i, f, g, o, c, p_i, p_f, p_o):
 class Case:
     """One row: a layer, how it is made, and what it is called on.
 
-    `inputs` are shapes of float inputs, with the batch (several: the layer gets a list), or integer ids;
+    `inputs` are shapes of float inputs, with the batch (several: the layer gets a list), or arrays of ids;
     `call` are further arguments of the call; `states` is how many initial states are given, as leaves of
     their own.
     """
@@ -139,6 +139,15 @@ PAIR = [(3, 4, 5), (3, 6, 5)]  # query, value
 MASKS = [holes(3, 4, 1), holes(3, 6, 2)]
 ids = np.array([[1, 3, 3, 0], [2, 1, 0, 0], [5, 3, 1, 6]])
 
+# kinds of masks of attention's [query, value]; `holes` leaves a row without a single step
+WHERE_TO_LOOK: dict[str, dict[str, Any]] = {
+    "value holes": {"mask": [None, holes(3, 6)]},
+    "query holes": {"mask": [holes(3, 4), None]},
+    "both, weights": {"mask": MASKS, "return_attention_scores": True},
+    "causal": {"use_causal_mask": True},
+    "causal, both": {"use_causal_mask": True, "mask": MASKS},
+}
+
 CASES = [
     *of_shapes("LSTM"),
     *of_options("LSTM", 2),
@@ -212,6 +221,11 @@ CASES = [
         ("causal", {}, PAIR, {"use_causal_mask": True}),
         ("holes, weights", {}, PAIR, {"mask": MASKS, "return_attention_scores": True}),
     ),
+    *[
+        Case("Attention", f"{mode}, {kind}", {"score_mode": mode, "use_scale": True}, PAIR, call)
+        for mode in ("dot", "general", "concat", "additive")
+        for kind, call in WHERE_TO_LOOK.items()
+    ],
     *of_rows(
         "AdditiveAttention",
         ("", {}, PAIR),
@@ -227,6 +241,14 @@ CASES = [
          {"use_causal_mask": True, "return_attention_scores": True}),
         ("holes", {"num_heads": 2, "key_dim": 3}, PAIR, {"mask": MASKS}),
     ),
+    *[
+        Case("MultiHeadAttention", f"mask: {kind}", {"num_heads": 2, "key_dim": 3}, PAIR, call)
+        for kind, call in {
+            **WHERE_TO_LOOK,
+            "any": {"attention_mask": holes(3, 24).reshape(3, 4, 6)},
+            "any, by head": {"attention_mask": holes(3, 48).reshape(3, 2, 4, 6), "mask": MASKS},
+        }.items()
+    ],
     *of_rows(
         "TransformerBlock",
         ("", {"num_heads": 2, "intermediate_dim": 7}, (3, 4, 6)),

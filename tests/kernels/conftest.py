@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: random questions, one way to compare, and the choice of how threads split."""
+"""What the tests of the kernels share: the choice of how threads split, and fresh interpreters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from numlstm.kernels.cpu import sequence, threads
 
 HERE = Path(__file__).parent

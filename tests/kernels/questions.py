@@ -1,6 +1,6 @@
 """Random sequences for any cell, and the comparison of a float32 kernel with the float64 reference.
 
-A question is drawn from a seed; its numbers are ones that float32 holds exactly, so that both precisions see the same.
+A question is drawn from a seed; float32 holds its numbers exactly, so that both precisions see the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from numlstm.kernels import reference
 from numlstm.kernels.cpu import sequence
 from numlstm.kernels.derive import Cell

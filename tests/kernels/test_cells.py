@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import zoo
+from numpy.testing import assert_allclose
+
 from numlstm.kernels import cells, reference
 from numlstm.kernels.derive import ACTIVATIONS
-from numpy.testing import assert_allclose
 
 
 def sigma(x: np.ndarray) -> np.ndarray:
@@ -88,7 +89,7 @@ def test_zoneout_keeps_each_state_apart() -> None:
         zoned.aux == ("z_h", "z_c") and zoned.name == "lstm_zoneout" and zoned is cells.zoneout(cells.lstm())
     )
     i, f, g, o, c, h = np.random.default_rng(0).standard_normal((6, 40))
-    new_h, new_c = step(cells.lstm(), i, f, g, o, c)
+    new_h, _ = step(cells.lstm(), i, f, g, o, c)
     values = {"i": i, "f": f, "g": g, "o": o, "c": c, "h": h, "z_h": 0.25, "z_c": 1.0}
     found = step(zoned, *(values[a] for a in zoned.forward_args))
     assert_allclose(found[0], 0.25 * h + 0.75 * new_h, rtol=1e-13)

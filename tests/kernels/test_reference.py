@@ -1,4 +1,4 @@
-"""The oracle itself: held to an unrolled loop over the cells' untraced functions, and to numerical differentiation."""
+"""The oracle itself: held to an unrolled loop over the untraced cells, and to numerical differentiation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import questions
 import zoo
-from numlstm.kernels import cells, reference
-from numlstm.kernels.derive import Cell
 from numpy.testing import assert_allclose
 from questions import PATTERNS, Question, ask
+
+from numlstm.kernels import cells, reference
+from numlstm.kernels.derive import Cell
 
 EVERY = zoo.CELLS | zoo.FORMS
 

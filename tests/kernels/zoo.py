@@ -1,7 +1,7 @@
-"""Cells beside the library's own, as a user would write them: what the derivation and the kernels must serve alike.
+"""Cells as a user would write them: what the derivation and the kernels must serve like the library's own.
 
-Together they have: per-unit parameters, one to six gates, one to four states, a split gate, exp, log, sqrt, a division,
-a maximum and a minimum, a comparison, and more saved values than gates.
+Together they have: per-unit parameters, one to six gates, one to four states, a split gate, exp, log, sqrt,
+a division, a maximum and a minimum, a comparison, and more saved values than gates.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Batched float32 products: right at every shape and stride, and the same bits whatever the number of threads."""
+"""Batched float32 products: right at any shape and stride, the same bits on any number of threads."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from numlstm.kernels.cpu import batched, threads
 from numlstm.kernels.cpu.batched import batched_matmul
 

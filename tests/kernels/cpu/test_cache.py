@@ -1,6 +1,7 @@
-"""The disk cache: it saves compilations, and is never wrong: not about edited cells, other processes, or damaged files.
+"""The disk cache: it saves compilations, and is never wrong: about edited cells, other processes, damaged
+files.
 
-Every case is a fresh interpreter with a cache directory of its own; cells are small ones, of one forward kernel.
+Every case is a fresh interpreter with a cache directory of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from numlstm.kernels.cpu import cache, isa
 
 # Counts what Numba compiles.
@@ -23,7 +25,7 @@ def counting(context, library, function, *rest, **options):
     return compile_extra(context, library, function, *rest, **options)
 compiler.compile_extra = counting
 """
-# A kernel that writes a number; made by a factory, as all kernels are, so that only its text tells it from others.
+# A kernel that writes a number; made by a factory, as all are: only its text tells it from others.
 LIGHT = """
 import numpy as np
 from numlstm.kernels.cpu.cache import compile_kernel
@@ -48,7 +50,8 @@ def run(expression):
     scope = {}
     exec(f"def edited(a, h):\\n    return {expression}", scope)
     cell = Cell(scope["edited"], ("a",))
-    arguments = cell, np.full((1, 1, 1), 0.5, "f"), np.ones((1, 19), "f"), np.zeros((19, 19), "f"), None, (), None, None
+    weights = np.ones((1, 19), "f"), np.zeros((19, 19), "f")
+    arguments = cell, np.full((1, 1, 1), 0.5, "f"), *weights, None, (), None, None
     h, right = (kernels.forward(*arguments, training=False).h for kernels in (sequence, reference))
     assert np.allclose(h, right, rtol=1e-5), (expression, h, right)
 """
@@ -80,10 +83,12 @@ def test_the_second_process_compiles_nothing_and_an_edit_is_seen(count, tmp_path
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    """They compile different cells of one name at the same time; later processes find both, in either order."""
-    env = {**os.environ, "NUMLSTM_CACHE_DIR": str(tmp_path)}
+    """They compile different cells of one name at once; later processes find both, in either order."""
+    # One seed of hashes and tiles made beforehand: then Numba counts and names the functions of both alike.
+    env = {**os.environ, "NUMLSTM_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
     both = ("a * 3", "a * 5")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    subprocess.run([sys.executable, "-c", job(CELL, "a * 7")], env=env, check=True, capture_output=True)
     started = [subprocess.Popen([sys.executable, "-c", job(CELL, e)], env=env, **pipes) for e in both]
     for process in started:
         out, error = process.communicate(timeout=120)
@@ -180,7 +185,7 @@ def test_names_mean_one_content() -> None:
     ids=["AVX2", "SSE"],
 )
 def test_narrower_vectors(lanes: int, environment: dict, python, tmp_path: Path) -> None:
-    """The same kernels at 8 and at 4 lanes, right and with the same bits whatever the split; a cache of both mixes nothing."""
+    """The same kernels at 8 and 4 lanes: right, the same bits whatever the split, not mixed in the cache."""
     source = f"""
 import zoo
 from numlstm.kernels.cpu import gemm, isa, sequence

@@ -1,15 +1,16 @@
-"""Products of float32 matrices: right at every size and stride, and the same bits whatever the number of threads."""
+"""Products of float32 matrices: right at every size and stride, the same bits whatever the threads."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from numlstm.kernels.cpu import gemm, threads
 from numlstm.kernels.cpu.gemm import matmul
 
 SIZES = [
-    (1, 1, 1), (3, 5, 2), (1, 300, 1000), (7, 1000, 1), (33, 100, 17), (500, 3, 500), (65, 700, 63), (6, 513, 64),
-    (100, 256, 65), (257, 257, 33), (1000, 1, 70),
+    (1, 1, 1), (3, 5, 2), (1, 300, 1000), (7, 1000, 1), (33, 100, 17), (500, 3, 500), (65, 700, 63),
+    (6, 513, 64), (100, 256, 65), (257, 257, 33), (1000, 1, 70),
 ]  # fmt: skip
 
 
@@ -49,12 +50,16 @@ def misaligned(a: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "lay",
     [
-        lambda a: a.astype("d"), lambda a: a.astype(a.dtype.newbyteorder()), lambda a: np.repeat(a, 3, 1)[:, ::3],
-        lambda a: np.repeat(a, 2, 0)[::2], lambda a: a[::-1].copy()[::-1], lambda a: a[:, ::-1].copy()[:, ::-1],
+        lambda a: a.astype("d"),
+        lambda a: a.astype(a.dtype.newbyteorder()),
+        lambda a: np.repeat(a, 3, 1)[:, ::3],
+        lambda a: np.repeat(a, 2, 0)[::2],
+        lambda a: a[::-1].copy()[::-1],
+        lambda a: a[:, ::-1].copy()[:, ::-1],
         misaligned,
     ],
-    ids=["float64", "other byte order", "columns apart", "rows apart", "rows back", "columns back", "misaligned"],
-)  # fmt: skip
+    ids=["float64", "byte order", "columns apart", "rows apart", "rows back", "columns back", "misaligned"],
+)
 def test_layouts(lay) -> None:
     a, b, bias = draw(40, 70), draw(70, 37), draw(37)
     right = matmul(a, b, bias=bias)

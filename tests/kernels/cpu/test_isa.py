@@ -1,10 +1,11 @@
-"""The shape of vectors and tiles follows from the processor's features, here and as Numba is told to see them."""
+"""The shape of vectors and tiles follows from the features that Numba compiles for."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+
 from numlstm.kernels.cpu import isa
 
 SHAPES = {  # lanes, registers -> columns, rows: accumulators, one row of weights and one broadcast fit

@@ -1,4 +1,4 @@
-"""The product tile: every shape of it, windows, strides of both signs, no k at all, and sums in one fixed order."""
+"""The product tile: every shape, windows, strides of both signs, no k at all, one fixed order of sums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from numba import njit
+
 from numlstm.kernels.cpu import microkernel, sequence
 from numlstm.kernels.cpu.isa import LANES, TILE_COLUMNS, TILE_ROWS
 from numlstm.kernels.cpu.microkernel import fused_family, plain_families, tile1, tile2

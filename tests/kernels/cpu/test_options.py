@@ -6,6 +6,7 @@ sharing the work out, which must not change a bit.
 
 import numpy as np
 import pytest
+
 from numlstm.kernels import cells, reference
 from numlstm.kernels.cpu import sequence
 

@@ -1,4 +1,4 @@
-"""Cross-entropy, masks and optimizer updates beside their NumPy twins: tails of a vector, threads, odd input."""
+"""Cross-entropy, masks and optimizer updates beside their NumPy twins: tails, threads, odd input."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from numlstm.kernels import reference_pointwise as reference
 from numlstm.kernels.cpu import pointwise, threads
 from numlstm.kernels.cpu.isa import LANES
-from numpy.testing import assert_allclose
 
 
 def draw(*shape: int) -> np.ndarray:

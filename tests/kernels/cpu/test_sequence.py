@@ -1,4 +1,4 @@
-"""The fused sequences: right for every cell, whatever the split, the mask, the sizes and the layout of what comes in."""
+"""The fused sequences: right for every cell, split, mask, size, and layout of what comes in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import zoo
+from questions import PATTERNS, Question, answer, ask, assert_same_bits, check, error
+
 from numlstm.kernels import cells, reference
 from numlstm.kernels.cpu import sequence, threads
 from numlstm.kernels.derive import Cell
-from questions import PATTERNS, Question, answer, ask, assert_same_bits, check, error
 
 SPLITS = [(1, False), (2, False), (2, True), (3, False), (3, True)]  # threads, units or batch
 SIZES = [
@@ -245,7 +246,7 @@ def test_nan_stays_in_its_row(cell: Cell, where: str, share_by: Callable[[int, b
 )
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e30])
 def test_infinity_is_honest(cell: Cell, value: float) -> None:
-    """Where the reference has NaN or infinity, so has the kernel; where numbers saturate, they do so to the same."""
+    """Where the reference has NaN or infinity, so has the kernel; numbers saturate to the same."""
     question = ask(cell, 3, 2, 1, 5)
     question.arguments[0][1, 0, 0] = value
     right = question.forward(reference, training=False).h
@@ -311,7 +312,7 @@ def test_shapes_refused(case: str, kernels) -> None:
 
 @pytest.mark.parametrize("kernels", [sequence, reference], ids=["cpu", "reference"])
 def test_upstream_gradients_refused(kernels) -> None:
-    cell, question = cells.lstm(), ask(cells.lstm(), 4, 5, 3, 9).cast("f")
+    question = ask(cells.lstm(), 4, 5, 3, 9).cast("f")
     dh, (d_h, d_c) = question.dh, question.dfinal
     residual = question.forward(kernels, training=True).residual
     for given, final, message in (

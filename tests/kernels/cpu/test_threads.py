@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from questions import answer, ask, assert_same_bits
+
 from numlstm.kernels import cells
 from numlstm.kernels.cpu import gemm, pointwise, threads
-from questions import answer, ask, assert_same_bits
 
 WORK = """
 import os, signal, sys, threading, time
@@ -114,7 +115,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_after_use(python) -> None:
-    """The child has none of its parent's threads: it must build its own, also while the parent's are at work."""
+    """A child has none of its parent's threads and must build its own, also while those are at work."""
     source = (
         WORK
         + """

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from numlstm.kernels.cpu import workspace
 from numlstm.kernels.cpu.workspace import ALIGNMENT, POOLED_FROM, aligned, carve, release
 
@@ -120,5 +121,5 @@ def test_carved_pieces() -> None:
 
 
 def test_an_array_alive_at_exit_makes_no_noise(python) -> None:
-    source = "from numlstm.kernels.cpu.workspace import aligned; kept = aligned((100000,)); loop = [kept]; loop.append(loop)"
+    source = "from numlstm.kernels.cpu.workspace import aligned; a = [aligned((100000,))]; a.append(a)"
     assert python(source).stderr == ""
