@@ -85,9 +85,8 @@ Prepared = tuple[Callable[[], Any], Callable[[], np.ndarray]]
 
 def ours(case: Case, threads: int) -> Prepared:
     """numlstm through its public layers, as a user's program runs it."""
-    from numlstm.kernels.cpu.threads import set_num_threads
-
     import numlstm as nl
+    from numlstm.kernels.cpu.threads import set_num_threads
 
     set_num_threads(threads)
     n = numbers(case)

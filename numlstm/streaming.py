@@ -12,6 +12,7 @@ import numpy as np
 
 from numlstm.autograd import Tensor
 from numlstm.layers.base import Layer, positive, to_tensor
+from numlstm.layers.bidirectional import Bidirectional
 from numlstm.layers.core import Embedding, InputLayer
 from numlstm.layers.recurrent import Recurrent, checked_rows
 from numlstm.models import Model, Sequential
@@ -157,6 +158,10 @@ def _check_steppable(layer: Layer) -> None:
             raise ValueError(
                 f"{layer.name}: can't be streamed: go_backwards begins at the end of the sequence"
             )
+    elif isinstance(layer, Bidirectional):
+        raise ValueError(
+            f"{layer.name}: can't be streamed: a Bidirectional also reads from the end of the sequence"
+        )
     elif not layer.per_step:
         raise ValueError(
             f"{layer.name}: a {type(layer).__name__} can't be streamed, as it may need more than one time "

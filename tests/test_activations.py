@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from numlstm.kernels.derive import ACTIVATIONS
 
 from numlstm import activations, ops
 from numlstm.autograd import Tensor
+from numlstm.kernels.derive import ACTIVATIONS
 
 X = np.linspace(-4, 8, 49)
 

@@ -78,9 +78,8 @@ def test_shapes_and_summary(root):
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
 def test_our_side_prepares_and_repeats(root, cell):
     """Each mode runs twice with the same result, so that what is timed is what was checked."""
-    from numlstm.kernels.cpu.threads import get_num_threads, set_num_threads
-
     from benchmarks.contenders import MODES, Case, ours
+    from numlstm.kernels.cpu.threads import get_num_threads, set_num_threads
 
     threads = get_num_threads()
     try:

@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from numlstm.kernels import cells
 
 from numlstm import ops, random
 from numlstm.autograd import GradientTape, Tensor, Variable
 from numlstm.backend import get_backend, use_backend
+from numlstm.kernels import cells
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,8 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[np.nd
 
     >>> import numpy as np
     >>> losses, d = softmax_cross_entropy(np.zeros((1, 4), np.float32), np.array([2]))
-    >>> losses.round(4).tolist(), d.tolist()
-    ([1.3863], [[0.25, 0.25, -0.75, 0.25]])
+    >>> round(float(losses[0]), 4), d.tolist()
+    (1.3863, [[0.25, 0.25, -0.75, 0.25]])
     """
     if logits.ndim != 2:
         raise ValueError(f"logits: expected shape (M, V), got {logits.shape}")

@@ -653,7 +653,7 @@ def forward(
     >>> from numlstm.kernels import cells
     >>> x, kernel, recurrent_kernel = np.ones((3, 1, 1)), np.ones((1, 1)), np.zeros((1, 1))
     >>> out = forward(cells.elman(), x, kernel, recurrent_kernel, None, (), None, None, training=False)
-    >>> out.h.ravel().round(4).tolist()
+    >>> [round(float(h), 4) for h in out.h.ravel()]
     [0.7616, 0.7616, 0.7616]
     """
     check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)

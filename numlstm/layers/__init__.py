@@ -2,6 +2,7 @@
 
 from numlstm.layers.attention import AdditiveAttention, Attention, MultiHeadAttention, TransformerBlock
 from numlstm.layers.base import Layer, from_config, register_layer, registry, to_config
+from numlstm.layers.bidirectional import Bidirectional
 from numlstm.layers.core import (
     Activation,
     Add,
@@ -32,6 +33,7 @@ __all__ = [
     "Add",
     "AdditiveAttention",
     "Attention",
+    "Bidirectional",
     "Concatenate",
     "Dense",
     "Dropout",

@@ -3,8 +3,8 @@
 All are one class, `Recurrent`, around one operation, `ops.recurrent`, which runs a cell's compiled equations
 over a whole sequence; a new layer is a cell and its constructor. Inputs are (batch, time, features). Weights,
 in Keras' layout: `kernel (features, gates * units)`, `recurrent_kernel (units, gates * units)`, `bias (gates
-* units)`, then the cell's per-unit parameters. Gate order: LSTM i f g o, GRU r z n. A masked step keeps every
-state, so its output is a repeat.
+* units)`, then the cell's per-unit parameters. Gate order: LSTM i f g o (f g o when coupled), GRU r z n. A
+masked step keeps every state, so its output is a repeat.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +35,9 @@ class Recurrent(Layer):
         dropout: fraction of the inputs dropped in training; one mask for all steps of a row, as in Keras.
         recurrent_dropout: fraction of the outputs dropped, in training, on their way into the next step; also
             one mask for all steps of a row.
+        zoneout: how likely a unit is to keep its old state instead of the new one, drawn for each step, in
+            training; otherwise that share of the old state is mixed in (Krueger et al. 2017). One rate for all
+            states, or a list with one for each.
         return_sequences: the outputs of all steps (batch, time, units) in place of the last (batch, units).
         return_state: a list of the output and every last state (batch, units).
         go_backwards: read the time axis from its end; outputs (and their mask) come in the order of
@@ -64,6 +67,7 @@ class Recurrent(Layer):
         bias_constraint: Any = None,
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         return_sequences: bool = False,
         return_state: bool = False,
         go_backwards: bool = False,
@@ -85,6 +89,11 @@ class Recurrent(Layer):
         self.bias_constraint = constraints.get(bias_constraint)
         self.dropout = fraction("dropout", dropout)
         self.recurrent_dropout = fraction("recurrent_dropout", recurrent_dropout)
+        self.zoneout: float | tuple[float, ...] = (
+            tuple(fraction("zoneout", rate) for rate in zoneout)
+            if isinstance(zoneout, (list, tuple))
+            else fraction("zoneout", zoneout)
+        )
         self.return_sequences = bool(return_sequences)
         self.return_state = bool(return_state)
         self.go_backwards = bool(go_backwards)
@@ -95,6 +104,15 @@ class Recurrent(Layer):
         self.states: tuple[np.ndarray, ...] | None = (
             None  # kept when stateful or carry, one (batch, units) each
         )
+
+    def use_cell(self, cell: Cell) -> None:
+        """Run this cell. Raises ValueError when `zoneout` is a list, but not of one rate for each state."""
+        if isinstance(self.zoneout, tuple) and len(self.zoneout) != len(cell.state):
+            raise ValueError(
+                f"zoneout: expected one rate for all states, or a list of {len(cell.state)} "
+                f"({', '.join(cell.state)}), got {len(self.zoneout)}"
+            )
+        self.cell = cell
 
     # Weights
 
@@ -131,6 +149,10 @@ class Recurrent(Layer):
         """Weights for the cell's per-unit parameters, one (units,) each."""
         return ()
 
+    def _per_unit(self, initializer: Any) -> tuple[Variable, ...]:
+        """One weight for each of the cell's parameters, of its name."""
+        return tuple(self.add_weight(name, (self.units,), initializer) for name in self.cell.params)
+
     def _bias(self, shape: tuple[int, ...], initializer: Any) -> Variable:
         return self.add_weight("bias", shape, initializer, self.bias_regularizer, self.bias_constraint)
 
@@ -156,11 +178,7 @@ class Recurrent(Layer):
         state = self.start_states(inputs.shape[0], initial_state)
         if training and self.dropout:
             inputs = ops.dropout(inputs, self.dropout, shape=(inputs.shape[0], 1, inputs.shape[2]))
-        recurrent_mask = None
-        if training and self.recurrent_dropout:
-            ones = Tensor(np.ones((inputs.shape[0], 1, self.units), self.dtype))
-            recurrent_mask = ops.dropout(ones, self.recurrent_dropout).data
-        outputs, final, others = self.run(inputs, state, mask, recurrent_mask)
+        outputs, final, others = self.run(inputs, state, mask, training)
         if self.stateful or self.carry:
             self.states = tuple(
                 np.array(f.numpy()) for f in final
@@ -173,12 +191,16 @@ class Recurrent(Layer):
         return result if len(result) > 1 else result[0]
 
     def run(
-        self, inputs: Tensor, state: Any, mask: Any, recurrent_mask: Any = None
+        self, inputs: Tensor, state: Any, mask: Any, training: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
         """The bare sequence: every output, the last states, the other states' sequences if asked for."""
+        batch, time, _ = inputs.shape
+        recurrent_mask = None
+        if training and self.recurrent_dropout:
+            recurrent_mask = self._thinning((batch, 1, self.units), self.recurrent_dropout)
         bias, parameters = self.cell_weights()
         return ops.recurrent(
-            self.cell,
+            self.running_cell(),
             inputs,
             self.kernel,
             self.recurrent_kernel,
@@ -188,8 +210,29 @@ class Recurrent(Layer):
             mask=mask,
             reverse=self.go_backwards,
             training=self.return_cell_sequence,
+            aux=tuple(self._zoneout_mask(rate, batch, time, training) for rate in self._zoneout_rates()),
             recurrent_mask=recurrent_mask,
         )
+
+    def running_cell(self) -> Cell:
+        """The cell that is run: the layer's own, in zoneout if there is any."""
+        return cells.zoneout(self.cell) if self._zoneout_rates() else self.cell
+
+    def _zoneout_rates(self) -> tuple[float, ...]:
+        """One for each state; empty when no state has zoneout."""
+        rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,) * len(self.cell.state)
+        return rates if any(rates) else ()
+
+    def _zoneout_mask(self, rate: float, batch: int, time: int, training: bool) -> np.ndarray:
+        """How much of a state's old value is kept: 0 or 1 at each step in training, else the rate itself."""
+        if not training or not rate:
+            return np.full((1, 1, 1), rate, self.dtype)
+        kept = self._thinning((time, batch, self.units), rate) == 0  # what dropout drops; time-major in memory
+        return kept.swapaxes(0, 1)
+
+    def _thinning(self, shape: tuple[int, ...], rate: float) -> np.ndarray:
+        """A dropout mask: 0 with probability `rate`, else 1 / (1 - rate)."""
+        return ops.dropout(Tensor(np.ones(shape, self.dtype)), rate).data
 
     def rank_hint(self, shape: Sequence[int | None]) -> str:
         """What a person who forgot an axis most likely wants."""
@@ -260,7 +303,7 @@ class Recurrent(Layer):
 
     def operations(self) -> list[tuple[str, str]]:
         """What is asked of the backend, for `nl.explain`."""
-        return [("sequence", self.cell.name)]
+        return [("sequence", self.running_cell().name)]
 
 
 class LSTM(Recurrent):
@@ -275,6 +318,11 @@ class LSTM(Recurrent):
         activation: the name of what stands as tanh above.
         recurrent_activation: the name of what stands as sigmoid above.
         unit_forget_bias: start the forget gate's bias at one (Jozefowicz et al. 2015).
+        peephole: the gates see the cell too: i and f the old one, o the new one, each by a weight a unit, which
+            starts at zero: `p_i`, `p_f`, `p_o`, after the bias (Gers & Schmidhuber 2000).
+        coupled: what is forgotten is what is written: 1 - sigmoid(f) in place of sigmoid(i). The gates are then
+            f g o, 3 units columns wide, and there is no `p_i` (Greff et al. 2017, CIFG).
+        cell_clip: hold the new cell state between -cell_clip and cell_clip (Sak et al. 2014).
         return_cell_sequence: append the cell states of all steps (batch, time, units) to what is returned.
 
     Raises:
@@ -291,6 +339,9 @@ class LSTM(Recurrent):
         recurrent_activation: Any = "sigmoid",
         *,
         unit_forget_bias: bool = True,
+        peephole: bool = False,
+        coupled: bool = False,
+        cell_clip: float | None = None,
         return_cell_sequence: bool = False,
         **options: Any,
     ) -> None:
@@ -298,19 +349,38 @@ class LSTM(Recurrent):
         self.activation = activations.name_of(activation)
         self.recurrent_activation = activations.name_of(recurrent_activation)
         self.unit_forget_bias = bool(unit_forget_bias)
+        self.peephole, self.coupled = bool(peephole), bool(coupled)
+        self.cell_clip = None if cell_clip is None else limit("cell_clip", cell_clip)
         self.return_cell_sequence = bool(return_cell_sequence)
-        self.cell = cells.lstm(self.activation, self.recurrent_activation)
+        self.use_cell(
+            cells.lstm(
+                self.activation,
+                self.recurrent_activation,
+                peephole=self.peephole,
+                coupled=self.coupled,
+                cell_clip=self.cell_clip,
+            )
+        )
 
     def build_bias(self, width: int) -> Variable:
-        """(4 units,), ones at the forget gate if asked for."""
+        """(gates * units,), ones at the forget gate if asked for."""
         if not self.unit_forget_bias:
             return super().build_bias(width)
         n, initializer = self.units, self.bias_initializer
+        before = self.cell.gates.index("f") * n
 
         def with_forget_ones(shape: Any, dtype: Any) -> np.ndarray:
-            return np.concatenate([initializer((n,), dtype), np.ones(n, dtype), initializer((2 * n,), dtype)])
+            parts = [
+                initializer((size,), dtype) if size else np.zeros(0, dtype)
+                for size in (before, width - n - before)
+            ]
+            return np.concatenate([parts[0], np.ones(n, dtype), parts[1]])
 
         return self._bias((width,), with_forget_ones)
+
+    def build_parameters(self) -> tuple[Variable, ...]:
+        """The peepholes, if there are any."""
+        return self._per_unit("zeros")
 
 
 class GRU(Recurrent):
@@ -351,7 +421,7 @@ class GRU(Recurrent):
         self.activation = activations.name_of(activation)
         self.recurrent_activation = activations.name_of(recurrent_activation)
         self.reset_after = True
-        self.cell = cells.gru(self.activation, self.recurrent_activation)
+        self.use_cell(cells.gru(self.activation, self.recurrent_activation))
 
     def build_bias(self, width: int) -> Variable:
         """(2, 3 units): the input's bias, then the recurrent one."""
@@ -386,7 +456,7 @@ class SimpleRNN(Recurrent):
     def __init__(self, units: int, activation: Any = "tanh", **options: Any) -> None:
         super().__init__(units, **options)
         self.activation = activations.name_of(activation)
-        self.cell = cells.elman(self.activation)
+        self.use_cell(cells.elman(self.activation))
 
 
 class RNN(Recurrent):
@@ -423,14 +493,12 @@ class RNN(Recurrent):
             raise ValueError(
                 f"cell: {found.name} takes {', '.join(found.aux)} at every step, which RNN can't give it"
             )
-        self.cell = found
+        self.use_cell(found)
         self.parameter_initializer = initializers.get(parameter_initializer)
 
     def build_parameters(self) -> tuple[Variable, ...]:
         """One (units,) weight for each of the cell's parameters."""
-        return tuple(
-            self.add_weight(name, (self.units,), self.parameter_initializer) for name in self.cell.params
-        )
+        return self._per_unit(self.parameter_initializer)
 
 
 def cell(
@@ -467,6 +535,14 @@ def cell(
         return cell_registry.add(made.name, made)
 
     return decorate
+
+
+def limit(argument: str, value: Any) -> float:
+    """`value` as a finite float above zero. Raises ValueError naming the argument."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not 0 < value < np.inf:
+        raise ValueError(f"{argument}: expected a finite number above 0, or None, got {value!r}")
+    return float(value)
 
 
 def checked_rows(rows: Any, batch: int) -> np.ndarray:

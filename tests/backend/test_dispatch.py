@@ -6,7 +6,6 @@ import threading
 
 import numpy as np
 import pytest
-from numlstm.kernels import cells
 
 from numlstm import backend, ops
 from numlstm.backend import (
@@ -19,6 +18,7 @@ from numlstm.backend import (
     to_numpy,
     use_backend,
 )
+from numlstm.kernels import cells
 
 
 @pytest.fixture(autouse=True)

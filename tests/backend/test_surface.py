@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from numlstm.kernels import cells
-from numlstm.kernels.reference_pointwise import erf, philox4x32
 
 from numlstm.backend import get_backend
+from numlstm.kernels import cells
+from numlstm.kernels.reference_pointwise import erf, philox4x32
 
 BACKENDS = [("reference", np.float32), ("reference", np.float64), ("cpu", np.float32), ("cpu", np.float64)]
 

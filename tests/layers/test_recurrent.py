@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from numlstm.kernels import cells
 
 import numlstm as nl
 from numlstm import ops
 from numlstm.autograd import GradientTape, Tensor
+from numlstm.kernels import cells
 
 B, T, I, H = 3, 7, 5, 4
 
