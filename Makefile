@@ -1,5 +1,5 @@
 # One command each, from a fresh clone, with Python >= 3.11 and make:
-#   make demo         train an LSTM on Shakespeare and read what it writes (about two minutes)
+#   make demo         train an LSTM on Shakespeare and read what it writes (about a minute and a half)
 #   make test         ruff and the tests
 #   make test-peers   the tests against PyTorch too (installs it)
 # PYTHON=python3.12 picks another interpreter, VENV=... another environment.

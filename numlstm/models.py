@@ -235,7 +235,7 @@ class Sequential(Model):
         if isinstance(after, list):
             raise ValueError(
                 f"{layer.name}: gives {len(after)} results, but a Sequential hands on one: leave out "
-                f"return_state and return_cell_sequence, or subclass nl.Model"
+                f"return_state, return_cell_sequence and merge_mode=None, or subclass nl.Model"
             )
         return after
 

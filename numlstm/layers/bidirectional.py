@@ -6,7 +6,7 @@ are turned round in time, so that both speak of the same step where they are mer
 it leaves out have outputs of zero, unlike those of a recurrent layer by itself, which repeat the last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numlstm import ops
@@ -30,7 +30,7 @@ class Bidirectional(Layer):
         layer: a recurrent layer, not built; two copies of it are made, `forward_<name>` and `backward_<name>`.
         merge_mode: how the two outputs become one: "concat" along the features, "sum", "mul", "ave", or None
             for both, in a list.
-        backward_layer: in place of the second copy; `go_backwards` must be the opposite of the layer's.
+        backward_layer: in place of the second copy, with `go_backwards=True`.
 
     Raises:
         ValueError: not a recurrent layer, an unknown merge mode, or two layers that don't go together.
@@ -70,9 +70,10 @@ class Bidirectional(Layer):
 
     def _check_pair(self) -> None:
         forward, backward = self.forward_layer, self.backward_layer
-        if forward.go_backwards == backward.go_backwards:
+        if forward.go_backwards or not backward.go_backwards:
             raise ValueError(
-                f"go_backwards: expected one layer of each direction, got {forward.go_backwards} for both"
+                f"go_backwards: expected False of layer and True of backward_layer, got {forward.go_backwards} "
+                f"and {backward.go_backwards}"
             )
         for option in ("return_sequences", "return_state", "stateful"):
             a, b = getattr(forward, option), getattr(backward, option)
@@ -85,7 +86,7 @@ class Bidirectional(Layer):
             )
         for layer in (forward, backward):
             if layer.dtype != self.dtype:
-                raise ValueError(f"dtype: {self.dtype} came, but {layer.name} is of {layer.dtype}")
+                raise ValueError(f"dtype: expected {layer.name}'s, {layer.dtype}, got {self.dtype}")
 
     # What is asked of a wrapper is asked of its layers
 
@@ -200,9 +201,9 @@ class Bidirectional(Layer):
 
 def checked_layer(argument: str, layer: Any) -> Recurrent:
     """A recurrent layer, or a saved one. Raises ValueError when it can't be run in both directions."""
-    layer = from_config(layer) if isinstance(layer, dict) else layer
+    layer = from_config(layer) if isinstance(layer, Mapping) else layer
     if not isinstance(layer, Recurrent):
-        found = repr(layer) if isinstance(layer, type) else f"a {type(layer).__name__}"
+        found = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
         raise ValueError(f"{argument}: expected a recurrent layer, such as nl.LSTM(units), got {found}")
     if layer.return_cell_sequence:
         raise ValueError(

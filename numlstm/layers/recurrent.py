@@ -227,8 +227,8 @@ class Recurrent(Layer):
         """How much of a state's old value is kept: 0 or 1 at each step in training, else the rate itself."""
         if not training or not rate:
             return np.full((1, 1, 1), rate, self.dtype)
-        kept = self._thinning((time, batch, self.units), rate) == 0  # what dropout drops; time-major in memory
-        return kept.swapaxes(0, 1)
+        dropped = self._thinning((time, batch, self.units), rate) == 0  # time-major, as the kernel reads it
+        return dropped.swapaxes(0, 1)
 
     def _thinning(self, shape: tuple[int, ...], rate: float) -> np.ndarray:
         """A dropout mask: 0 with probability `rate`, else 1 / (1 - rate)."""

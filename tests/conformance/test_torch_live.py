@@ -80,3 +80,43 @@ def test_packed_sequences(lengths, features, units, data):
     # past its length a row repeats its last output, where PyTorch pads with zeros
     for b, n in enumerate(lengths):
         np.testing.assert_array_equal(ours[b, n:], np.broadcast_to(ours[b, n - 1], (T - n, units)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 40), st.data())
+def test_packed_sequences_in_both_directions(lengths, features, units, data):
+    """nn.LSTM(bidirectional=True) over pack_padded_sequence against Bidirectional: results and gradients."""
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    B, T = len(lengths), max(lengths)
+    x, dy = draw.standard_normal((B, T, features)), draw.standard_normal((B, T, 2 * units))
+    module = torch.nn.LSTM(features, units, batch_first=True, bidirectional=True, dtype=torch.float64)
+    theirs_x = torch.from_numpy(x).requires_grad_()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        theirs_x, torch.tensor(lengths), batch_first=True, enforce_sorted=False
+    )
+    y, (h, c) = module(packed)
+    y = torch.nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]
+    ((y * torch.from_numpy(dy)).sum() + h[1].sum()).backward()
+
+    lstm = nl.LSTM(units, return_sequences=True, return_state=True, dtype="float64")
+    layer = nl.Bidirectional(lstm)
+    layer.build((None, T, features))
+    turned = lambda get: [
+        get(getattr(module, f"{weight}_l0{end}")).numpy().T.copy()
+        for end in ("", "_reverse")
+        for weight in ("weight_ih", "weight_hh", "bias_ih")
+    ]
+    with torch.no_grad():
+        for end in ("", "_reverse"):  # one bias of ours stands for two of theirs
+            getattr(module, f"bias_ih_l0{end}").add_(getattr(module, f"bias_hh_l0{end}"))
+    layer.set_weights(turned(lambda w: w.detach()))
+    ours_x = nl.Variable(x, dtype="float64")
+    with nl.GradientTape() as tape:
+        ours = layer(ours_x, lengths=lengths)
+        loss = (ours[0] * dy).sum() + ours[3].sum()
+    gradients = tape.gradient(loss, [*layer.weights, ours_x])
+    states = (h[0], c[0], h[1], c[1])
+    for a, b in zip(ours, (y, *states), strict=True):  # padding included: zeros in both
+        np.testing.assert_allclose(a.numpy(), b.detach().numpy(), atol=1e-12)
+    for a, b in zip(gradients, [*turned(lambda w: w.grad), theirs_x.grad.numpy()], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)

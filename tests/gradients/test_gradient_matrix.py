@@ -66,6 +66,10 @@ def dense(**options: Any) -> Any:
     return nl.Dense(3, **options)
 
 
+def both_ways(layer: str, merge_mode: str | None, **options: Any) -> Any:
+    return nl.Bidirectional(getattr(nl, layer)(**options), merge_mode)
+
+
 REGULARIZED = {
     "kernel_regularizer": nl.regularizers.L1L2(0.01, 0.02),
     "bias_regularizer": "l1",
@@ -115,8 +119,30 @@ def of_options(layer: str, states: int) -> list[Case]:
         ),
         Case(layer, "dropout", {"units": 7, "dropout": 0.4, **SEQ}),
         Case(layer, "stateful", {"units": 7, "stateful": True, **SEQ}),
+        Case(layer, "zoneout", {"units": 7, "zoneout": 0.4, **SEQ}),
+        Case(
+            layer,
+            "zoneout, holes, backwards",
+            {"units": 50, "zoneout": 0.2, "go_backwards": True, **SEQ},
+            call={"mask": holes(3, 4)},
+        ),
         Case(layer, "regularized", {"units": 7, "recurrent_regularizer": "l2", **REGULARIZED, **SEQ}),
     ]
+
+
+def of_forms() -> list[Case]:
+    """The LSTM with peepholes, coupled gates and a clipped cell, each alone and together."""
+    found = []
+    # a limit that many cells reach, and none comes so near that a numerical step would carry it across
+    for forms in (["peephole"], ["coupled"], ["cell_clip"], ["peephole", "coupled", "cell_clip"]):
+        options = {"units": 7, **{form: 0.25 if form == "cell_clip" else True for form in forms}}
+        name = ", ".join(forms)
+        found += [
+            Case("LSTM", name, {**options, **SEQ}),
+            Case("LSTM", f"{name}, holes", {**options, "units": 50, **SEQ}, call={"mask": holes(3, 4)}),
+            Case("LSTM", f"{name}, state", {**options, "return_state": True}, states=2),
+        ]
+    return found
 
 
 def of_activations(layer: str, gates: bool) -> list[Case]:
@@ -154,6 +180,8 @@ CASES = [
     *of_activations("LSTM", gates=True),
     Case("LSTM", "cell sequence kept", {"units": 7, "return_cell_sequence": True, **SEQ}, outputs=1),
     Case("LSTM", "no forget ones", {"units": 7, "unit_forget_bias": False, **SEQ}),
+    *of_forms(),
+    Case("LSTM", "zoneout by state", {"units": 7, "zoneout": (0.0, 0.5), "return_state": True}, states=2),
     *of_shapes("SimpleRNN"),
     *of_options("SimpleRNN", 1),
     *of_activations("SimpleRNN", gates=False),
@@ -161,6 +189,19 @@ CASES = [
     Case("RNN", "own cell, peepholes", {"cell": peephole, "units": 7, **SEQ}),
     Case("RNN", "own cell, holes", {"cell": peephole, "units": 7, **SEQ}, call={"mask": holes(3, 4)}),
     Case("RNN", "own cell, states", {"cell": peephole, "units": 193, "return_state": True}, states=2),
+    Case("RNN", "own cell, zoneout", {"cell": peephole, "units": 7, "zoneout": (0.3, 0.1), **SEQ}),
+    *[
+        Case("Bidirectional", f"{mode}{', holes' if call else ''}", {"units": 7}, call=call,
+             make=lambda mode=mode, **o: both_ways("LSTM", mode, **SEQ, **o))
+        for mode in ("concat", "sum", "mul", "ave", None)
+        for call in ({}, {"mask": holes(3, 4)})
+    ],
+    Case("Bidirectional", "last output, holes", {"units": 7}, call={"mask": holes(3, 4)},
+         make=lambda **o: both_ways("LSTM", "concat", **o)),
+    Case("Bidirectional", "GRU, states", {"units": 7}, states=2,
+         make=lambda **o: both_ways("GRU", "mul", return_state=True, **o)),
+    Case("Bidirectional", "peephole, zoneout, dropout", {"units": 50},
+         make=lambda **o: both_ways("LSTM", "concat", peephole=True, zoneout=0.2, dropout=0.3, **o)),
     *of_rows(
         "Dense",
         ("", {"units": 3}, (5, 4)),

@@ -57,9 +57,14 @@ EXAMPLES = {
     "LSTM": [
         (lambda: nl.LSTM(4, "relu", "hard_sigmoid", unit_forget_bias=False, **RECURRENT), SEQUENCE),
         (lambda: nl.LSTM(4, return_state=True, return_cell_sequence=True), SEQUENCE),
+        (
+            lambda: nl.LSTM(4, peephole=True, coupled=True, cell_clip=0.2, zoneout=(0.1, 0.2), **RECURRENT),
+            SEQUENCE,
+        ),
+        (lambda: nl.LSTM(4, peephole=True, zoneout=0.3), SEQUENCE),
     ],
     "GRU": [
-        (lambda: nl.GRU(4, "relu", "hard_sigmoid", **RECURRENT), SEQUENCE),
+        (lambda: nl.GRU(4, "relu", "hard_sigmoid", zoneout=0.1, **RECURRENT), SEQUENCE),
         (lambda: nl.GRU(4), SEQUENCE),
     ],
     "SimpleRNN": [
@@ -67,6 +72,25 @@ EXAMPLES = {
         (lambda: nl.SimpleRNN(4), SEQUENCE),
     ],
     "RNN": [(lambda: nl.RNN(_gated, 4, parameter_initializer="ones", **RECURRENT), SEQUENCE)],
+    "Bidirectional": [
+        (
+            lambda: nl.Bidirectional(
+                nl.LSTM(4, peephole=True, zoneout=(0.1, 0.2), **{**RECURRENT, "go_backwards": False}),
+                "ave",
+                name="both",
+                trainable=False,
+                input_shape=(None, 3),
+            ),
+            SEQUENCE,
+        ),
+        (
+            lambda: nl.Bidirectional(
+                nl.GRU(4), backward_layer=nl.RNN(_gated, 2, go_backwards=True, name="mine")
+            ),
+            SEQUENCE,
+        ),
+        (lambda: nl.Bidirectional(nl.LSTM(4, return_state=True), None), SEQUENCE),
+    ],
     "Dense": [
         (
             lambda: nl.Dense(
