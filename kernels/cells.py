@@ -103,7 +103,6 @@ def gru(activation: str = "tanh", recurrent_activation: str = "sigmoid") -> Cell
     return gru
 
 
-@cache
 def zoneout(of: Cell) -> Cell:
     """`of` with zoneout: each new state is z old + (1 - z) new, z handed in at every step: Krueger et al. 2017.
 
@@ -112,6 +111,11 @@ def zoneout(of: Cell) -> Cell:
     >>> zoneout(elman()).aux
     ('z_h',)
     """
+    return _zoneout(of, of.name)  # cells of the same equations are equal, whatever their names
+
+
+@cache
+def _zoneout(of: Cell, name: str) -> Cell:
     inner, names = in_language(of.function), list(inspect.signature(of.function).parameters)
     aux = tuple(f"z_{s}" for s in of.state)
     arguments = [*names, *(s for s in of.state if s not in names), *aux]
@@ -128,4 +132,4 @@ def zoneout(of: Cell) -> Cell:
     with_zoneout.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter(n, parameter.POSITIONAL_OR_KEYWORD) for n in arguments]
     )
-    return Cell(with_zoneout, of.gates, of.state, of.split, aux=aux, name=f"{of.name}_zoneout")
+    return Cell(with_zoneout, of.gates, of.state, of.split, aux=aux, name=f"{name}_zoneout")
