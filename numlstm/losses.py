@@ -14,7 +14,7 @@ import numpy as np
 
 from numlstm import ops
 from numlstm.autograd import Tensor, apply
-from numlstm.registry import Configurable, Registry, serialize
+from numlstm.registry import Configurable, Registry, serialize, snake_case
 
 __all__ = [
     "BinaryCrossentropy",
@@ -722,19 +722,6 @@ def named_function(kind: str, name: Any) -> Callable[..., Any]:
             f"or load with compile=False"
         )
     return _functions.find(name)
-
-
-def snake_case(name: str) -> str:
-    """The default name of an object in Keras: `KLDivergence` -> `kl_divergence`.
-
-    >>> snake_case("MeanSquaredError"), snake_case("KLDivergence")
-    ('mean_squared_error', 'kl_divergence')
-    """
-    starts = [
-        i > 0 and c.isupper() and (not name[i - 1].isupper() or name[i + 1 : i + 2].islower())
-        for i, c in enumerate(name)
-    ]
-    return "".join(("_" if start else "") + c.lower() for start, c in zip(starts, name, strict=True))
 
 
 mse = MSE = mean_squared_error

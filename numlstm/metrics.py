@@ -15,8 +15,8 @@ import numpy as np
 
 from numlstm import losses
 from numlstm.autograd import Tensor
-from numlstm.losses import Loss, class_numbers, function_name, named_function, pair, snake_case
-from numlstm.registry import Configurable, Registry, serialize
+from numlstm.losses import Loss, class_numbers, function_name, named_function, pair
+from numlstm.registry import Configurable, Registry, serialize, snake_case
 
 __all__ = [
     "AUC",

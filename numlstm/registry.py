@@ -8,6 +8,7 @@ where the configuration is the constructor's own parameters, read back from attr
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +35,16 @@ def custom_objects_scope(objects: Mapping[str, Any] | None) -> Iterator[None]:
 
 def _key(name: str) -> str:
     return name.replace("_", "").lower()
+
+
+def snake_case(name: str) -> str:
+    """The default name of an object of this class, by Keras' rule.
+
+    >>> snake_case("GlobalAveragePooling1D"), snake_case("KLDivergence")
+    ('global_average_pooling1d', 'kl_divergence')
+    """
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def suggest(name: str, known: list[str]) -> str:

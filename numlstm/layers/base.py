@@ -7,7 +7,6 @@ walking the attributes whenever they are asked for, so a list that grows later i
 """
 
 import itertools
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from numlstm import constraints, initializers, regularizers
 from numlstm.autograd import Tensor, Variable
-from numlstm.registry import Configurable, Registry, constructor_parameters, suggest
+from numlstm.registry import Configurable, Registry, constructor_parameters, snake_case, suggest
 
 Shape = tuple[int | None, ...]
 
@@ -551,12 +550,6 @@ def from_config(saved: Any) -> Layer:
 
 
 # Names, shapes, dtypes
-
-
-def snake_case(name: str) -> str:
-    """Keras' rule: GlobalAveragePooling1D -> global_average_pooling1d."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def automatic_name(cls: type) -> str:
