@@ -62,6 +62,7 @@ ONE_THREAD_BELOW = (
 )
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
+APART_FROM = 16  # inputs from which few rows have their input product computed apart
 GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
 
 
@@ -75,6 +76,7 @@ class P(IntEnum):
     HP = auto()
     BLOCKS = auto()
     UNITS_SPLIT = auto()  # 1: threads share the units; 0: the batch
+    APART = auto()  # 1: the input product of all steps comes first; 0: it is part of each step's tile
     FLAGS = auto()  # barrier flags
     SCRATCH = auto()  # SCRATCH_BYTES a shard
     ZEROS = auto()
@@ -402,21 +404,35 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         if units_split != 0:
             b0, b1 = 0, B
             u0, u1 = share(blocks, shard, shards)
+        apart, TB, depth = get(p, P.APART), T * B, I
+        if apart != 0:  # tall tiles read the input's weights once for many steps
+            depth = 0
+            for u in range(u0, u1):
+                for r in range(0, TB, TILE_ROWS):
+                    for k in range(GROUPS):
+                        tile2(
+                            load_int(fused + (k * TILE_ROWS + min(TILE_ROWS, TB - r) - 1) * 8),
+                            x + r * I * 4, I * 4, 4, I, wp + u * I * (GX * WB) + FIRST[k] * VB, GX * WB,
+                            0, 0, 0, 0, 0, 0,
+                            bp + u * ROW + FIRST[k] * VB, 0, gates + (u * TB + r) * ROW + FIRST[k] * VB, ROW,
+                        )  # fmt: skip
         for t in range(T):
             for u in range(u0, u1):
                 b = b0
                 while b < b1:
                     m = tile_rows(b1 - b)
                     r = t * B + b
-                    s = scratch
-                    if training != 0:
-                        s = gates + (u * T * B + r) * ROW
+                    s, start, start_step = scratch, bp + u * ROW, 0
+                    if training != 0 or apart != 0:
+                        s = gates + (u * TB + r) * ROW
+                    if apart != 0:
+                        start, start_step = s, ROW
                     for k in range(GROUPS):
                         tile2(
                             load_int(fused + (k * TILE_ROWS + m - 1) * 8),
-                            x + r * I * 4, I * 4, 4, I, wp + u * I * (GX * WB) + FIRST[k] * VB, GX * WB,
+                            x + r * I * 4, I * 4, 4, depth, wp + u * I * (GX * WB) + FIRST[k] * VB, GX * WB,
                             fed + r * hp4, hp4, 4, H, rp + u * H * (GH * WB) + R_FIRST[k] * VB, GH * WB,
-                            bp + u * ROW + FIRST[k] * VB, 0, s + FIRST[k] * VB, ROW,
+                            start + FIRST[k] * VB, start_step, s + FIRST[k] * VB, ROW,
                         )  # fmt: skip
                     forward_tile(p, s, ROW, m, t, b, u)
                     b += m
@@ -602,6 +618,14 @@ def _split(lay: Layout, T: int, B: int, I: int, H: int) -> tuple[int, bool]:
     return min(n, B), False
 
 
+def _apart(shards: int, units: bool, B: int, I: int) -> bool:
+    """Whether the input product of all steps is worth a pass of its own: where a step's tile would be thin.
+
+    A thread must own all rows of its units. The sums are the same either way, bit for bit.
+    """
+    return (units or shards == 1) and 2 * B <= TILE_ROWS and I >= APART_FROM
+
+
 def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
     """Which kernel runs this shape, in words."""
     shards, units = _split(Layout.of(cell), T, B, I, H)
@@ -667,6 +691,7 @@ def forward(
     HP, slots = blocks * W, T + 1 if training else 1
     fused, x_column, h_column = _tables(cell)
     shards, units = _split(lay, T, B, I, H)
+    apart = _apart(shards, units, B, I)
     x, kernel = _float32("x", x, (T, B, I)), _float32("kernel", kernel, (I, G * H))
     recurrent_kernel = _float32("recurrent_kernel", recurrent_kernel, (H, G * H))
     inputs = [x, kernel, recurrent_kernel]
@@ -683,8 +708,10 @@ def forward(
         P.RP: blocks * H * lay.h_gates * W,
         P.STATES: (S - 1) * slots * B * HP,
     }
+    if training or apart:
+        rest[P.GATES] = blocks * T * B * lay.pre * W
     if training:
-        rest |= {P.GATES: blocks * T * B * lay.pre * W, P.EXTRA: blocks * T * B * lay.extra * W}
+        rest[P.EXTRA] = blocks * T * B * lay.extra * W
     slab, at = carve(plan, zeroed, rest)
     hs = aligned((T + 1, B, HP))
     cs = slab[at[P.STATES] : at[P.STATES] + rest[P.STATES]].reshape(S - 1, slots, B, HP)
@@ -708,7 +735,7 @@ def forward(
         table = np.array([(a.ctypes.data, *a.strides[:2]) for a in steps], np.int64)
         inputs += [*steps, table]
         plan[P.AUX] = table.ctypes.data
-    plan[: P.UNITS_SPLIT + 1] = T, B, I, H, HP, blocks, units
+    plan[: P.APART + 1] = T, B, I, H, HP, blocks, units, apart
     plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = (
         training,
         slots * B * HP * 4,

@@ -91,3 +91,27 @@ def test_bad_aux_and_masks_are_named(module):
         module.forward(cells.zoneout(cells.elman()), *common, training=False, aux=(np.zeros((2, 5)),))
     with pytest.raises(ValueError, match=r"recurrent_mask: .* \(4, 2, 5\), got \(3, 2, 5\)"):
         module.forward(cells.elman(), *common, training=False, recurrent_mask=np.zeros((3, 2, 5)))
+
+
+@pytest.mark.parametrize("split", [(1, False), (2, True)], ids=["one thread", "units"])
+@pytest.mark.parametrize("name", ["gru", "zoneout lstm"])
+def test_the_input_product_apart_or_fused_gives_the_same_bits(name, split, monkeypatch):
+    cell = CELLS[name]
+    arguments, options, upstream = question(cell, "step", True)
+    options = {k: as_float32(v) for k, v in options.items()}
+    monkeypatch.setattr(sequence, "_split", lambda *_: split)
+    results = []
+    for apart in (False, True):
+        monkeypatch.setattr(sequence, "_apart", lambda *_, apart=apart: apart)
+        trained = run(sequence, [cell, *map(as_float32, arguments)], options, as_float32(upstream))
+        inferred = sequence.forward(cell, *map(as_float32, arguments), training=False, **options)
+        results.append([*trained, inferred.h, *inferred.final])
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_input_product_is_apart_for_few_rows_only():
+    assert sequence._apart(shards=1, units=False, B=1, I=64)
+    assert sequence._apart(shards=2, units=True, B=3 if sequence.TILE_ROWS >= 6 else 1, I=64)
+    assert not sequence._apart(shards=2, units=False, B=1, I=64)  # a thread must own all rows
+    assert not sequence._apart(shards=1, units=False, B=32, I=64)
+    assert not sequence._apart(shards=1, units=False, B=1, I=2)
