@@ -33,7 +33,7 @@ def text_file(tmp_path):
 def table_file(tmp_path):
     """A noisy seasonal series with gaps, a category and dates."""
     random = np.random.default_rng(0)
-    days = np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-01") + 160)
+    days = np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-01") + np.timedelta64(160, "D"))
     values = 10 + 5 * np.sin(np.arange(160) * 2 * np.pi / 12) + random.normal(size=160) * 0.2
     lines = ["day,value,sky"]
     for number, (day, value) in enumerate(zip(days, values, strict=True)):

@@ -14,7 +14,7 @@ def test_a_gap_in_time_breaks_the_lines(kind):
     times = (
         rows.astype(float)
         if kind == "number"
-        else np.datetime64("2020-01-01", "s") + rows * np.timedelta64(86400)
+        else np.datetime64("2020-01-01", "s") + rows * np.timedelta64(86400, "s")
     )
     truth = np.arange(10.0).reshape(5, 2)
     figure = plots.forecast_figure(
