@@ -975,6 +975,15 @@ def _probabilities(p: Tensor) -> Tensor:
     return clip(p / sum(p, -1, keepdims=True), _TINY, 1 - _TINY)
 
 
+def _matched(labels: TensorLike, predictions: TensorLike) -> tuple[Tensor, Tensor]:
+    """Labels in the predictions' dtype, and the predictions; both must have one shape."""
+    predictions = _floating(predictions)
+    labels = astype(labels, predictions.dtype)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
+    return labels, predictions
+
+
 def categorical_crossentropy(
     labels: TensorLike, predictions: TensorLike, from_logits: bool = False
 ) -> Tensor:
@@ -983,10 +992,7 @@ def categorical_crossentropy(
     Raises:
         ValueError: the shapes differ.
     """
-    predictions = _floating(predictions)
-    labels = astype(labels, predictions.dtype)
-    if labels.shape != predictions.shape:
-        raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
+    labels, predictions = _matched(labels, predictions)
     logarithms = log_softmax(predictions) if from_logits else log(_probabilities(predictions))
     return negative(sum(labels * logarithms, -1))
 
@@ -997,10 +1003,7 @@ def binary_crossentropy(labels: TensorLike, predictions: TensorLike, from_logits
     Raises:
         ValueError: the shapes differ.
     """
-    predictions = _floating(predictions)
-    labels = astype(labels, predictions.dtype)
-    if labels.shape != predictions.shape:
-        raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
+    labels, predictions = _matched(labels, predictions)
     if from_logits:
         u, y = predictions.data, labels.data
         losses = np.maximum(u, 0) - u * y + np.log1p(np.exp(-np.abs(u)))

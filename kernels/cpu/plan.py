@@ -15,7 +15,7 @@ from numba import njit, types
 
 from .simd import I64, JIT_OPTIONS, operation, pointer
 
-__all__ = ["SIGNATURE", "get", "make_plan", "point", "share"]
+__all__ = ["SIGNATURE", "get", "make_plan", "share"]
 
 SIGNATURE = types.void(types.int64, types.int64, types.int64)  # kernel(plan, shard, shards)
 
@@ -35,15 +35,10 @@ def share(total, shard, shards):
 def make_plan(
     places: type[IntEnum], sizes: Mapping[Any, int], arrays: Mapping[Any, np.ndarray]
 ) -> np.ndarray:
-    """A plan with `sizes` and the addresses of `arrays`; what neither names is 0."""
+    """A plan with `sizes` and the addresses of `arrays`, which the caller keeps alive; what neither names is 0."""
     plan = np.zeros(len(places), np.int64)
     for place, value in sizes.items():
         plan[place] = value
-    point(plan, arrays)
-    return plan
-
-
-def point(plan: np.ndarray, arrays: Mapping[Any, np.ndarray]) -> None:
-    """Write the addresses of `arrays` at their places; the caller keeps the arrays alive."""
     for place, array in arrays.items():
         plan[place] = array.ctypes.data
+    return plan

@@ -641,11 +641,8 @@ class Residual:
         self.__dict__.update(kept)
 
 
-def _float32(name: str, a: Any, shape: tuple[int, ...]) -> np.ndarray:
-    a = np.ascontiguousarray(a, np.float32)
-    if a.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {a.shape}")
-    return a
+def _float32(a: Any) -> np.ndarray:
+    return np.ascontiguousarray(a, np.float32)
 
 
 def _steps(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -681,7 +678,7 @@ def forward(
     [0.7616, 0.7616, 0.7616]
     """
     check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
-    (T, B, I), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
+    (T, B, I), H = x.shape, recurrent_kernel.shape[0]
     if min(T, B, I, H) < 1:
         raise ValueError(
             f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
@@ -692,8 +689,8 @@ def forward(
     fused, x_column, h_column = _tables(cell)
     shards, units = _split(lay, T, B, I, H)
     apart = _apart(shards, units, B, I)
-    x, kernel = _float32("x", x, (T, B, I)), _float32("kernel", kernel, (I, G * H))
-    recurrent_kernel = _float32("recurrent_kernel", recurrent_kernel, (H, G * H))
+    x, kernel = _float32(x), _float32(kernel)
+    recurrent_kernel = _float32(recurrent_kernel)
     inputs = [x, kernel, recurrent_kernel]
     plan = [0] * len(P)
     zeroed = {
@@ -718,10 +715,10 @@ def forward(
     for k in range(S):
         first = hs[0] if k == 0 else cs[k - 1, 0]
         first[:, H:] = 0
-        first[:, :H] = 0 if state is None else _float32(f"state[{k}]", state[k], (B, H))
+        first[:, :H] = 0 if state is None else state[k]
     for k, param in enumerate(params):
         start = at[P.PARAMS] + k * HP
-        slab[start : start + H] = _float32(f"params[{k}]", param, (H,))
+        slab[start : start + H] = param
     fed = hs
     if recurrent_mask is not None:
         mask = _steps(recurrent_mask, (T, B, H))
@@ -742,12 +739,10 @@ def forward(
         B * HP * 4 * training,
     )
     if bias is not None:
-        bias = _float32("bias", bias, (G * H,))
+        bias = _float32(bias)
         inputs.append(bias)
         plan[P.BIAS] = bias.ctypes.data
     if valid is not None:
-        if valid.shape != (T, B):
-            raise ValueError(f"valid: expected shape {(T, B)}, got {valid.shape}")
         valid = np.ascontiguousarray(valid, np.bool_)
         inputs.append(valid)
         plan[P.VALID] = valid.ctypes.data
@@ -805,8 +800,6 @@ def backward(
         dx = aligned((T, B, I))
         plan[P.DX] = dx.ctypes.data
     if dh is not None:
-        if dh.shape != (T, B, H):
-            raise ValueError(f"dh: expected shape {(T, B, H)}, got {dh.shape}")
         if dh.dtype != np.float32 or (H > 1 and dh.strides[2] != 4):
             dh = np.ascontiguousarray(dh, np.float32)
         plan[P.DY], plan[P.DY_T], plan[P.DY_B] = dh.ctypes.data, *dh.strides[:2]

@@ -42,18 +42,6 @@ def both(w, x, mask=None, state=(None, None)):
     return ys, back[:, ::-1], forward, backward
 
 
-@pytest.fixture
-def x():
-    return np.random.default_rng(0).standard_normal((B, T, I)).astype(np.float32)
-
-
-@pytest.fixture
-def holes():
-    mask = np.random.default_rng(1).random((B, T)) < 0.6
-    mask[1] = False  # a row without one valid step
-    return mask
-
-
 def made(x, merge_mode="concat", **options):
     """A layer with weights that are not the tidy initial ones, and these weights in float64."""
     nl.set_seed(0)

@@ -60,18 +60,6 @@ def loop(layer, w, x, mask=None, keep=None, state=None):
     return np.stack(ys, 1), states
 
 
-@pytest.fixture
-def x():
-    return np.random.default_rng(0).standard_normal((B, T, I)).astype(np.float32)
-
-
-@pytest.fixture
-def holes():
-    mask = np.random.default_rng(1).random((B, T)) < 0.6
-    mask[1] = False  # a row without one valid step
-    return mask
-
-
 def made(cls, x, **options):
     """A layer with weights that are not the tidy initial ones, and these weights in float64."""
     nl.set_seed(0)
