@@ -5,6 +5,11 @@ called once with symbols; the graph that results is differentiated in reverse mo
 Derivatives, chapter 3), and a minimum cut between what only the forward pass knows and what the backward pass asks for
 decides which values are saved, so that no exponential is computed twice. Both passes leave here as text: straight-line
 scalar Python whose names (`exp`, `where`, `K` for a constant) each backend binds to its own functions.
+
+Most cells are one stage: nothing but scalars stands between a step's products and its new states. Three primitives look
+across the units of a row and end a stage: `preactivation` (a second product), `project` (a product to another width) and
+`normalize`. The graph is cut there; each stage is differentiated by itself, and what passes from one to the next is a
+vector in memory.
 """
 
 from __future__ import annotations
@@ -15,9 +20,10 @@ import math
 import re
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "LANGUAGE", "Cell", "Symbol", "TraceError", "cell"]
+__all__ = ["ACTIVATIONS", "LANGUAGE", "NORM_EPSILON", "Cell", "Norm", "Stage", "Symbol", "TraceError", "cell"]
 
 
 class TraceError(ValueError):
@@ -48,6 +54,12 @@ COMPARISONS = {"lt", "le"}
 ARITY = {"neg": 1, "where": 3} | dict.fromkeys(
     ("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le"), 2
 )
+ACROSS = {
+    "preactivation",
+    "normalize",
+    "project",
+}  # what looks at other units of the row, and so ends a stage
+NORM_EPSILON = 1e-3  # added to the variance, as Keras' LayerNormalization does
 DEAR = {"exp", "log", "sqrt", "tanh", "sigmoid", "softplus"}  # never computed twice
 
 # Prices of the minimum cut, in units of one saved value (a store now, a load later).
@@ -259,6 +271,37 @@ exp, log, sqrt, tanh, sigmoid, softplus, maximum, minimum, where = (
 )
 
 
+def _across(op: str, values: Sequence[Any], value: Any = None) -> Symbol:
+    """A node of one of the primitives that look across units."""
+    for v in values:
+        if not isinstance(v, Symbol):
+            raise TraceError(f"{op}: expected traced values, which differ from unit to unit, got {v!r}")
+        if v.node.op in COMPARISONS:
+            raise TraceError(f"{op}: a comparison has no number; write where(condition, 1, 0)")
+    graph = values[0].graph
+    return Symbol(graph, graph.node(op, tuple(v._node_of(op, v) for v in values), value))
+
+
+def preactivation(gate: str, v: Any) -> Symbol:
+    """The pre-activation of `gate` with v in the place of h: W x + R v + b, v's units multiplied by R."""
+    if not isinstance(gate, str):
+        raise TraceError(f"preactivation(gate, v): expected a gate's name, got {gate!r}")
+    return _across("preactivation", [v], gate)
+
+
+def project(v: Any) -> Symbol:
+    """v multiplied by the projection matrix: what a cell with fewer outputs than units returns as its first state."""
+    return _across("project", [v])
+
+
+def normalize(*values: Any) -> Any:
+    """The values shifted and scaled to mean 0 and variance 1 over all of them and all units of a row, jointly."""
+    if not values:
+        raise TraceError("normalize takes at least one value")
+    out = tuple(_across("normalize", values, k) for k in range(len(values)))
+    return out if len(out) > 1 else out[0]
+
+
 def relu(x: Any) -> Any:
     return maximum(x, 0.0)
 
@@ -268,20 +311,20 @@ def clip(x: Any, low: float, high: float) -> Any:
 
 
 def _elu(x: Any, alpha: float = 1.0) -> Any:
-    return where(
-        x > 0, x, alpha * (exp(where(x > 0, 0.0, x)) - 1)
-    )  # the inner choice keeps exp finite where it is not used
+    # the inner choice keeps exp finite where it is not used
+    return where(x > 0, x, alpha * (exp(where(x > 0, 0.0, x)) - 1))
 
 
-# The element-wise activations, by their Keras 3 names and definitions. Each is made of the primitives above.
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+# The element-wise activations, by their Keras 3 names and definitions, and those of the ONNX operators beside them. Each is
+# made of the primitives above; what has a default may be given in a name, as in "leaky_relu(alpha=0.1)".
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "linear": lambda x: x,
     "tanh": tanh,
     "sigmoid": sigmoid,
     "relu": relu,
     "relu6": lambda x: clip(x, 0.0, 6.0),
-    "leaky_relu": lambda x: maximum(x, 0.2 * x),
-    "hard_sigmoid": lambda x: clip(x / 6 + 0.5, 0.0, 1.0),
+    "leaky_relu": lambda x, alpha=0.2: where(x > 0, x, alpha * x),
+    "hard_sigmoid": lambda x, alpha=1 / 6, beta=0.5: clip(alpha * x + beta, 0.0, 1.0),
     "hard_tanh": lambda x: clip(x, -1.0, 1.0),
     "softplus": softplus,
     "softsign": lambda x: x / (1 + abs(x)),
@@ -291,6 +334,9 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": lambda x: x * sigmoid(x),
     "mish": lambda x: x * tanh(softplus(x)),
     "log_sigmoid": lambda x: -softplus(-x),
+    "affine": lambda x, alpha=1.0, beta=0.0: alpha * x + beta,
+    "scaled_tanh": lambda x, alpha=1.0, beta=1.0: alpha * tanh(beta * x),
+    "thresholded_relu": lambda x, alpha=1.0: where(x > alpha, x, 0.0),
 }
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
@@ -307,6 +353,9 @@ LANGUAGE: dict[str, Callable[..., Any]] = {
     "clip": clip,
     "relu": relu,
     "hard_sigmoid": ACTIVATIONS["hard_sigmoid"],
+    "preactivation": preactivation,
+    "project": project,
+    "normalize": normalize,
 }
 
 
@@ -345,6 +394,92 @@ def _partials(n: Symbol, args: list[Symbol], d: Symbol) -> tuple[Symbol | None, 
     raise TraceError(f"no derivative for {n.node.op}")
 
 
+@dataclass(frozen=True)
+class Norm:
+    """Vectors that are normalised jointly over the units of each row; an output may take its input's place."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Stage:
+    """A part of a step in which nothing looks across units: vectors and pre-activations in, vectors out.
+
+    Attributes:
+        norms: what is normalised before this stage can begin.
+        pre: the pre-activations as its function sees them, ordered so that those fed by the input (`x_gates`) are its first
+            and those fed by a recurrent product (`h_gates`) its last ones.
+        source: the vector that the recurrent product reads.
+        projects: its product is with the projection matrix, and its vectors have as many units as that has columns.
+        given: the vectors it reads, old states and what earlier stages made. made: those it writes; a new state `h` is `h1`.
+        params, aux: those of the cell's that it reads.
+        saved: how many values the forward pass saves for the backward pass beside the vectors.
+        forward_source, backward_source: the two passes, as text.
+        forward_args, backward_args: their arguments. `forward` returns `made`, then the saved values; `backward` returns the
+            gradients of `pre`, `given` and `params`. Names: `d_x` the gradient of a made vector or new state x,
+            `y0, y1, ...` the saved values.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        made: dict[str, Node],
+        *,
+        norms: tuple[Norm, ...] = (),
+        pre: tuple[str, ...],
+        x_gates: tuple[str, ...],
+        h_gates: tuple[str, ...],
+        source: str,
+        projects: bool = False,
+        given: tuple[str, ...],
+        params: tuple[str, ...],
+        aux: tuple[str, ...],
+        arguments: tuple[str, ...],
+        states: tuple[str, ...],
+    ) -> None:
+        self.norms, self.pre, self.x_gates, self.h_gates = norms, pre, x_gates, h_gates
+        self.source, self.projects = source, projects
+        self.given, self.made, self.params, self.aux = given, tuple(made), params, aux
+        self.gradient_of = {m: "d_" + (m[:-1] if m[:-1] in states else m) for m in made}
+        leaves = {n: Symbol(graph, graph.node("leaf", (), n)) for n in arguments}
+        forward_nodes = list(graph.nodes)
+        new = [Symbol(graph, n) for n in made.values()]
+        seeds = [Symbol(graph, graph.node("leaf", (), d)) for d in self.gradient_of.values()]
+        gradients = _differentiate(graph, forward_nodes, new, seeds)
+        zero = Symbol(graph, graph.constant(0.0))
+        wanted = [
+            gradients.get(leaves[n].node, zero) if n in leaves else zero
+            for n in (*self.pre, *self.given, *self.params)
+        ]
+        self._emit(graph, leaves, [n.node for n in new], [s.node for s in seeds], [w.node for w in wanted])
+
+    def _emit(
+        self, graph: Graph, leaves: dict[str, Symbol], new: list[Node], seeds: list[Node], wanted: list[Node]
+    ) -> None:
+        in_memory = [n for n in (*self.given, *self.params, *self.aux) if n in leaves]
+        stored_anyway = [*(leaves[n].node for n in in_memory), *new]
+        kept = choose_saved(graph, seeds, wanted, stored_anyway)
+        saved = [n for n in kept if n not in stored_anyway]
+        self.saved = len(saved)
+        names = [f"y{k}" for k in range(len(saved))]
+        given = {n: y for n, y in zip(saved, names, strict=True)}
+        given.update({n: m for n, m in zip(new, self.made, strict=True) if n in kept and n not in given})
+        given.update({n: n.value for n in kept if n.op == "leaf" and n not in given})
+        given.update({s: s.value for s in seeds})
+        self.forward_args = tuple(leaves)
+        self.backward_args = (*names, *(t for n, t in given.items() if n not in saved))
+        # A comparison is saved as 0 or 1.
+        stored = [
+            graph.make("where", n, graph.constant(1), graph.constant(0)) if n.op in COMPARISONS else n
+            for n in saved
+        ]
+        given.update({n: f"({y} > K(0.5))" for n, y in zip(saved, names, strict=True) if n.op in COMPARISONS})
+        self.forward_source = emit(
+            "forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()}
+        )
+        self.backward_source = emit("backward", self.backward_args, wanted, given)
+
+
 class Cell:
     """A traced cell: names, emitted forward and backward source, and what the backward pass needs saved.
 
@@ -353,16 +488,14 @@ class Cell:
 
     Attributes:
         gates: names in the order of the weights' columns.
+        recurrent: those of them that the recurrence feeds, in the order of the recurrent weights' columns.
         state: names of the states; the first is the output.
         params: names of the per-unit parameters (peepholes, a recurrent bias).
         aux: names of what is handed in at every step and not differentiated, such as a zoneout mask.
-        pre: the pre-activations as the function sees them, ordered so that those fed by the input (`x_gates`) are its
-            first and those fed by the recurrence (`h_gates`) its last ones.
-        saved: how many values the forward pass saves for the backward pass beside the states.
-        forward_source, backward_source: the two passes, as text.
-        forward_args, backward_args: their arguments. `forward` returns the new states, then the saved values;
-            `backward` returns the gradients of `pre`, of the old states, of the params. Names: `x` a value, `x1` a new
-            state, `d_x` the gradient of a new state, `y0, y1, ...` the saved values.
+        projects: the output is narrower than the cell, by a projection matrix.
+        stages: the parts of a step; one for most cells.
+        vectors: names of what stages hand on, states aside.
+        saved: how many values the forward pass saves for the backward pass beside the states and vectors.
         digest: a hash of all that a kernel made from this cell depends on.
     """
 
@@ -373,35 +506,48 @@ class Cell:
         state: Sequence[str] = ("h",),
         split: Sequence[str] = (),
         *,
+        recurrent: Sequence[str] | None = None,
         aux: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
-        self.aux = tuple(aux)
         self.name = name or getattr(function, "__name__", type(function).__name__)
-        self.gates, self.state, self.split = tuple(gates), tuple(state), tuple(split)
-        arguments = self._arguments(function)
-        only_x = [g + "_x" for g in self.gates if g in self.split]
+        self.gates, self.state, self.split, self.aux = tuple(gates), tuple(state), tuple(split), tuple(aux)
+        self.recurrent = self.gates if recurrent is None else tuple(recurrent)
+        self.arguments = self._arguments(function)
+        only_x = [g + "_x" if g in self.split else g for g in self.gates if not self._in_one(g)]
         only_h = [g + "_h" for g in self.gates if g in self.split]
-        self.pre = (*only_x, *(g for g in self.gates if g not in self.split), *only_h)
-        self.x_gates, self.h_gates = self.pre[: len(self.gates)], self.pre[len(only_x) :]
-        self.params = tuple(n for n in arguments if n not in (*self.pre, *self.state, *self.aux))
-        if missing := [a for a in self.aux if a not in arguments]:
+        pre = (*only_x, *(g for g in self.gates if self._in_one(g)), *only_h)
+        taken = (*pre, *self.state, *self.aux)
+        self.params = tuple(n for n in self.arguments if n not in taken)
+        if missing := [a for a in self.aux if a not in self.arguments]:
             raise TraceError(
-                f"cell {self.name}: its function has no argument for {missing}; it has {arguments}"
+                f"cell {self.name}: its function has no argument for {missing}; it has {self.arguments}"
             )
         self.function = function
-        if missing := [p for p in self.pre if p not in arguments]:
-            raise TraceError(
-                f"cell {self.name}: its function has no argument for the gates {missing}; it has {arguments}"
-            )
-        self._trace(function, arguments)
-        text = "|".join(
-            map(
-                repr,
-                (self.gates, self.state, self.pre, self.params, self.aux, self.backward_args, self.saved),
+        graph, new = self._trace(function)
+        self.stages = _Cutter(self, graph, new, pre).stages()
+        self.projects = any(s.projects for s in self.stages)
+        states1 = {s + "1" for s in self.state}
+        self.vectors = tuple(
+            dict.fromkeys(
+                n
+                for s in self.stages
+                for n in (*s.made, *(v for norm in s.norms for v in norm.outputs))
+                if n not in states1
             )
         )
-        self.digest = hashlib.sha256((text + self.forward_source + self.backward_source).encode()).hexdigest()
+        self.saved = sum(s.saved for s in self.stages)
+        described = (self.gates, self.recurrent, self.state, self.params, self.aux, self.projects)
+        stages = [
+            (s.norms, s.pre, s.source, s.projects, s.given, s.made, s.params, s.aux, s.backward_args, s.saved)
+            for s in self.stages
+        ]
+        text = repr((described, stages)) + "".join(s.forward_source + s.backward_source for s in self.stages)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def _in_one(self, gate: str) -> bool:
+        """Whether the function sees the input's and the recurrence's part of a gate as one sum."""
+        return gate not in self.split and gate in self.recurrent
 
     # Cells with the same equations are one: kernels made for the first serve them all.
     def __eq__(self, other: object) -> bool:
@@ -439,24 +585,36 @@ class Cell:
         declared = [*self.gates, *self.state, *self.aux]
         if not self.gates or not self.state:
             raise TraceError(f"cell {self.name}: a cell has at least one gate and one state, got {declared}")
+        if taken := [n for n in self.state if n in ("v", "w", "y")]:
+            raise TraceError(
+                f"cell {self.name}: the states {taken} would be called as the emitted code's own: rename them"
+            )
         if twice := sorted({n for n in declared if declared.count(n) > 1}):
             raise TraceError(
                 f"cell {self.name}: the names {twice} are given twice among gates, states and aux"
             )
-        unknown = [g for g in self.split if g not in self.gates]
-        if unknown:
-            raise TraceError(f"cell {self.name}: split names {unknown}, but the gates are {self.gates}")
+        for what in ("split", "recurrent"):
+            names = getattr(self, what)
+            if unknown := [g for g in names if g not in self.gates]:
+                raise TraceError(f"cell {self.name}: {what} names {unknown}, but the gates are {self.gates}")
+        if sorted(self.recurrent, key=self.gates.index) != list(self.recurrent):
+            raise TraceError(
+                f"cell {self.name}: recurrent names each gate once, in the gates' order, got {self.recurrent}"
+            )
+        if whole := [g for g in self.split if g not in self.recurrent]:
+            raise TraceError(f"cell {self.name}: {whole} are split, but have no recurrent part")
         return list(inspect.signature(function).parameters)
 
     def _emitted_name(self, name: str) -> bool:
-        """Whether emitted code may use `name` for something of its own: v0, y0, d_h, a new state's h1, K."""
+        """Whether emitted code may use `name` for something of its own: v0, w0, y0, d_h, a new state's h1, K."""
         return (
-            name == "K" or bool(re.fullmatch(r"[vy]\d+|d_.*", name)) or name in {s + "1" for s in self.state}
+            name == "K" or bool(re.fullmatch(r"[vwy]\d+|d_.*", name)) or name in {s + "1" for s in self.state}
         )
 
-    def _trace(self, function: Callable[..., Any], arguments: list[str]) -> None:
+    def _trace(self, function: Callable[..., Any]) -> tuple[Graph, list[Node]]:
+        """Call the function with symbols: the graph, and the new states' nodes."""
         graph = Graph()
-        leaves = {n: Symbol(graph, graph.node("leaf", (), n)) for n in arguments}
+        leaves = {n: Symbol(graph, graph.node("leaf", (), n)) for n in self.arguments}
         try:
             out = in_language(function)(*leaves.values())
         except TraceError as error:
@@ -474,70 +632,232 @@ class Cell:
             raise TraceError(
                 f"cell {self.name} returns {len(out)} values for its {len(self.state)} states {self.state}"
             )
-        any_leaf = next(iter(leaves.values()))
-        new = [Symbol(graph, any_leaf._node_of(f"cell {self.name} returns", o)) for o in out]
-        if any(n.node.op in COMPARISONS for n in new):
+        any_leaf = next(iter(leaves.values()), Symbol(graph, graph.constant(0.0)))
+        new = [any_leaf._node_of(f"cell {self.name} returns", o) for o in out]
+        if any(n.op in COMPARISONS for n in new):
             raise TraceError(f"cell {self.name} returns a comparison; write where(condition, 1, 0)")
-        forward_nodes = list(graph.nodes)
-        seeds = [Symbol(graph, graph.node("leaf", (), f"d_{s}")) for s in self.state]
-        gradients = self._differentiate(graph, forward_nodes, new, seeds)
-        zero = Symbol(graph, graph.constant(0.0))
-        wanted = [
-            gradients.get(leaves[n].node, zero) if n in leaves else zero
-            for n in (*self.pre, *self.state, *self.params)
-        ]
-        self._emit_passes(
-            graph, leaves, [n.node for n in new], [s.node for s in seeds], [w.node for w in wanted]
-        )
+        return graph, new
 
-    @staticmethod
-    def _differentiate(
-        graph: Graph, forward_nodes: list[Node], new: list[Symbol], seeds: list[Symbol]
-    ) -> dict[Node, Symbol]:
-        gradients: dict[Node, Symbol] = {}
 
-        def give(node: Node, d: Symbol | None) -> None:
-            if d is not None and node.op != "const" and node.op not in COMPARISONS:
-                gradients[node] = gradients[node] + d if node in gradients else d
+class _Cutter:
+    """Cuts a cell's graph into stages at the primitives that look across units.
 
-        for value, seed in zip(new, seeds, strict=True):
-            give(value.node, seed)
-        for node in reversed(forward_nodes):
-            if node in gradients and node.args:
-                partials = _partials(
-                    Symbol(graph, node), [Symbol(graph, a) for a in node.args], gradients[node]
+    A value's level is how many of those lie before it; stage k computes the values of level k. What a later stage, or one
+    of those primitives, reads is a vector in memory: `w0, w1, ...`, or a new state where it is one.
+    """
+
+    def __init__(self, cell: Cell, graph: Graph, new: list[Node], pre: tuple[str, ...]) -> None:
+        self.cell, self.graph, self.new = cell, graph, new
+        self.leaf = {n.value: n for n in graph.nodes if n.op == "leaf"}
+        self.users: dict[Node, list[Node]] = {n: [] for n in graph.nodes}
+        self.live = self._live()
+        self.stage: dict[
+            Node, int
+        ] = {}  # where a value is computed; that of its level, but for pre-activations
+        for n in graph.nodes:
+            self.stage[n] = max((self.stage[a] for a in n.args), default=0) + (n.op in ACROSS)
+            if n in self.live:
+                for a in n.args:
+                    self.users[a].append(n)
+        self.pre = self._place_gates(pre)
+        self._name_vectors()
+        self.last = max([*self.made, *(self.stage[n] for n in self.pre)])
+
+    def fail(self, text: str) -> TraceError:
+        return TraceError(f"cell {self.cell.name}: {text}")
+
+    def _live(self) -> set[Node]:
+        """The nodes that the new states depend on."""
+        live, todo = set(self.new), list(self.new)
+        while todo:
+            fresh = [a for a in todo.pop().args if a not in live]
+            live.update(fresh)
+            todo += fresh
+        return live
+
+    def _place_gates(self, pre: tuple[str, ...]) -> dict[Node, str]:
+        """The pre-activations' nodes and names. One fed by the input alone is computed where it is first used."""
+        cell, placed = self.cell, {}
+        for n in self.graph.nodes:
+            if n.op == "preactivation" and n in self.live:
+                if n.value not in pre or not cell._in_one(n.value):
+                    raise self.fail(
+                        f"preactivation({n.value!r}, v): expected a gate that is in `recurrent` and not in `split`; "
+                        f"the gates are {cell.gates}"
+                    )
+                if n.value in self.leaf or n.value in placed.values():
+                    raise self.fail(
+                        f"gate {n.value} is computed twice: one argument, or one preactivation(), is enough"
+                    )
+                placed[n] = n.value
+        for name in pre:
+            if name in placed.values():
+                continue
+            if name not in self.leaf:
+                raise self.fail(
+                    f"its function has no argument for the gates {[name]}; it has {cell.arguments}"
                 )
-                for a, d in zip(node.args, partials, strict=True):
-                    give(a, d)
-        return gradients
+            node = self.leaf[name]
+            placed[node] = name
+            alone = not cell._in_one(name) and not (name.endswith("_h") and name[:-2] in cell.split)
+            if alone and self.users[node] and node not in self.new:
+                self.stage[node] = min(self.stage[u] - (u.op in ACROSS) for u in self.users[node])
+        projections = [n for n in self.graph.nodes if n.op == "project" and n in self.live]
+        if len(projections) > 1 or any(self._reaches(n, self.new[1:]) for n in projections):
+            raise self.fail("project(v) stands once, and only the first state, the output, may depend on it")
+        return placed | {n: "projection" for n in projections}
 
-    def _emit_passes(
-        self, graph: Graph, leaves: dict[str, Symbol], new: list[Node], seeds: list[Node], wanted: list[Node]
-    ) -> None:
-        state_leaves = {s: leaves[s].node for s in self.state if s in leaves}
-        stored_anyway = [*state_leaves.values(), *(leaves[p].node for p in (*self.params, *self.aux)), *new]
-        kept = choose_saved(graph, seeds, wanted, stored_anyway)
-        saved = [n for n in kept if n not in stored_anyway]
-        self.saved = len(saved)
-        names = [f"y{k}" for k in range(len(saved))]
-        given = {n: y for n, y in zip(saved, names, strict=True)}
-        given.update(
-            {n: s + "1" for n, s in zip(new, self.state, strict=True) if n in kept and n not in given}
+    def _reaches(self, node: Node, targets: list[Node]) -> bool:
+        reached, todo = {node}, [node]
+        while todo:
+            fresh = [u for u in self.users[todo.pop()] if u not in reached]
+            reached.update(fresh)
+            todo += fresh
+        return any(n in reached for n in targets)
+
+    def _name_vectors(self) -> None:
+        """Which values lie in memory, and under what name.
+
+        A normalised pre-activation takes its input's place if nothing else reads that; what depends on old states and
+        parameters alone is computed anew in each stage.
+        """
+        states = self.cell.state
+        self.vector: dict[Node, str] = {self.leaf[s]: s for s in states if s in self.leaf}
+        self.made: dict[int, dict[str, Node]] = {}
+        count = 0
+
+        def vector(n: Node) -> str:
+            nonlocal count
+            if n not in self.vector:
+                self.vector[n] = f"w{count}"
+                count += 1
+            return self.vector[n]
+
+        for s, n in zip(states, self.new, strict=True):
+            if n.op != "normalize":
+                self.vector.setdefault(n, s + "1")
+            self.made.setdefault(self.stage[n], {})[s + "1"] = n
+        computed: set[Node] = set()
+        for n in self.graph.nodes:
+            if n in self.pre or n.op in ACROSS or any(a in computed for a in n.args):
+                computed.add(n)
+        groups: dict[tuple[Node, ...], list[Node]] = {}
+        for n in self.graph.nodes:
+            if n.op == "normalize" and n in self.live:
+                groups.setdefault(n.args, []).append(n)
+                continue
+            across = [u for u in self.users[n] if u.op in ACROSS]
+            if n.op == "const" or (n.op == "leaf" and n not in self.pre):
+                if across and n not in self.vector:
+                    raise self.fail(
+                        f"{across[0].op}() takes values that the cell computes, its gates, or old states"
+                    )
+            elif n not in self.vector:
+                later = n in computed and any(self.stage[u] > self.stage[n] for u in self.users[n])
+                if across or later:
+                    self.made.setdefault(self.stage[n], {})[vector(n)] = n
+        self.norms: list[tuple[int, Norm]] = []
+        for args, results in groups.items():
+            outputs = []
+            for k, a in enumerate(args):
+                result = next((n for n in results if n.value == k), a)
+                alone = all(u.op == "normalize" and u.args == args for u in self.users[a])
+                if alone and a in self.pre and a not in self.new and args.count(a) == 1:
+                    self.vector[result] = self.vector[a]
+                elif result is a:  # not read, but the others depend on it
+                    outputs.append(f"w{count}")
+                    count += 1
+                    continue
+                outputs.append(vector(result))
+            norm = Norm(tuple(self.vector[a] for a in args), tuple(outputs))
+            self.norms.append((self.stage[results[0]], norm))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(self._stage(k) for k in range(self.last + 1))
+
+    def _stage(self, k: int) -> Stage:
+        cell, graph = self.cell, Graph()
+        here = {n: name for n, name in self.pre.items() if self.stage[n] == k}
+        only_h = [g + "_h" for g in cell.split] + ["projection"]
+        order = [*(g + "_x" if g in cell.split else g for g in cell.gates), *only_h]
+        x_only = [n for n in order if n in here.values() and n not in only_h and not cell._in_one(n)]
+        both = [n for n in order if n in here.values() and cell._in_one(n)]
+        h_only = [n for n in order if n in here.values() and n in only_h]
+        sources = {self.vector[n.args[0]] for n in here if n.op in ACROSS}
+        if any(n.op == "leaf" and name not in x_only for n, name in here.items()):
+            sources.add(cell.state[0])
+        if len(sources) > 1:
+            raise self.fail(f"one stage has recurrent products of {sorted(sources)}, expected of one value")
+        copies: dict[Node, Node] = {}
+        leaves: dict[str, Node] = {}
+
+        def leaf(name: str) -> Node:
+            leaves[name] = graph.node("leaf", (), name)
+            return leaves[name]
+
+        def copy(n: Node) -> Node:
+            if n not in copies:
+                if n in here:
+                    copies[n] = leaf(here[n])
+                elif n.op == "leaf" and n not in self.pre:
+                    copies[n] = leaf(n.value)
+                elif n in self.vector and (n.op == "normalize" or self.stage[n] < k):
+                    copies[n] = leaf(self.vector[n])
+                else:
+                    copies[n] = graph.node(n.op, tuple(copy(a) for a in n.args), n.value)
+            return copies[n]
+
+        if self.last == 0:  # the whole cell: every argument in its place, and nodes as they were traced
+            for name in cell.arguments:
+                leaf(name)
+        for n in self.graph.nodes:
+            if n in here or (self.last == 0 and n in self.live):
+                copy(n)
+        made = {name: copy(n) for name, n in self.made.get(k, {}).items()}
+        given = [n for n in leaves if n not in here.values() and n not in (*cell.params, *cell.aux)]
+        if self.last == 0:
+            given = list(cell.state)
+        output = cell.state[0]
+        projects = "projection" in here.values()
+        if projects and (len(here) > 1 or set(given) - {output} or set(made) != {output + "1"}):
+            raise self.fail(
+                "after project(v) nothing can follow but the output, made from it and the old output"
+            )
+        return Stage(
+            graph,
+            made,
+            norms=tuple(norm for stage, norm in self.norms if stage == k),
+            pre=(*x_only, *both, *h_only),
+            x_gates=(*x_only, *both),
+            h_gates=(*both, *h_only),
+            source=next(iter(sources), output),
+            projects=projects,
+            given=tuple(given),
+            params=tuple(n for n in cell.params if n in leaves),
+            aux=tuple(n for n in cell.aux if n in leaves),
+            arguments=tuple(leaves),
+            states=cell.state,
         )
-        given.update({n: n.value for n in kept if n.op == "leaf" and n not in given})
-        given.update({s: s.value for s in seeds})
-        self.forward_args = tuple(leaves)
-        self.backward_args = (*names, *(t for n, t in given.items() if n not in saved))
-        # A comparison is saved as 0 or 1.
-        stored = [
-            graph.make("where", n, graph.constant(1), graph.constant(0)) if n.op in COMPARISONS else n
-            for n in saved
-        ]
-        given.update({n: f"({y} > K(0.5))" for n, y in zip(saved, names, strict=True) if n.op in COMPARISONS})
-        self.forward_source = emit(
-            "forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()}
-        )
-        self.backward_source = emit("backward", self.backward_args, wanted, given)
+
+
+def _differentiate(
+    graph: Graph, forward_nodes: list[Node], new: list[Symbol], seeds: list[Symbol]
+) -> dict[Node, Symbol]:
+    """Reverse mode: the gradient of every node that the `new` depend on, given the `seeds` of those."""
+    gradients: dict[Node, Symbol] = {}
+
+    def give(node: Node, d: Symbol | None) -> None:
+        if d is not None and node.op != "const" and node.op not in COMPARISONS:
+            gradients[node] = gradients[node] + d if node in gradients else d
+
+    for value, seed in zip(new, seeds, strict=True):
+        give(value.node, seed)
+    for node in reversed(forward_nodes):
+        if node in gradients and node.args:
+            partials = _partials(Symbol(graph, node), [Symbol(graph, a) for a in node.args], gradients[node])
+            for a, d in zip(node.args, partials, strict=True):
+                give(a, d)
+    return gradients
 
 
 def in_language(function: types.FunctionType) -> Callable[..., Any]:
@@ -674,7 +994,11 @@ def _bare(s: str) -> str:
 
 
 def cell(
-    gates: int | Sequence[str], state: Sequence[str] = ("h",), split: Sequence[str] = ()
+    gates: int | Sequence[str],
+    state: Sequence[str] = ("h",),
+    split: Sequence[str] = (),
+    *,
+    recurrent: Sequence[str] | None = None,
 ) -> Callable[[Callable[..., Any]], Cell]:
     """Turn a function of scalars into a `Cell`: traced, differentiated, ready for every backend.
 
@@ -683,6 +1007,7 @@ def cell(
             of the function's leading arguments are gates.
         state: names of the states; the first one returned is the output.
         split: gates that the function takes in two parts, `n_x` from the input and `n_h` from the recurrence.
+        recurrent: the gates that the recurrence feeds, all unless given; the others see the input only.
 
     Raises:
         TraceError: the function branches on values, calls something outside the cell language, or returns the wrong count.
@@ -702,6 +1027,6 @@ def cell(
             if isinstance(gates, bool) or not 1 <= gates <= len(arguments):
                 raise TraceError(f"gates={gates!r}, but the function's arguments are {arguments}")
             names = arguments[:gates]
-        return Cell(function, names, state, split)  # type: ignore[arg-type]
+        return Cell(function, names, state, split, recurrent=recurrent)  # type: ignore[arg-type]
 
     return decorate

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .derive import Cell
+from .derive import NORM_EPSILON, Cell, Norm
 from .sequence import Forward, Gradients, check_backward, check_forward
 
 __all__ = ["backward", "forward"]
@@ -36,23 +36,42 @@ NAMES: dict[str, Any] = {
     "where": np.where,
 }
 
-_FUNCTIONS: weakref.WeakKeyDictionary[Cell, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+_FUNCTIONS: weakref.WeakKeyDictionary[Cell, list[tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
-def functions(cell: Cell) -> tuple[Any, Any]:
-    """The cell's emitted `forward` and `backward`, bound to NumPy."""
+def functions(cell: Cell) -> list[tuple[Any, Any]]:
+    """The emitted `forward` and `backward` of each of the cell's stages, bound to NumPy."""
     if cell not in _FUNCTIONS:
-        scope = dict(NAMES)
-        exec(compile(cell.forward_source + cell.backward_source, f"<cell {cell.name}>", "exec"), scope)
-        _FUNCTIONS[cell] = scope["forward"], scope["backward"]
+        pairs = []
+        for stage in cell.stages:
+            scope = dict(NAMES)
+            exec(compile(stage.forward_source + stage.backward_source, f"<cell {cell.name}>", "exec"), scope)
+            pairs.append((scope["forward"], scope["backward"]))
+        _FUNCTIONS[cell] = pairs
     return _FUNCTIONS[cell]
 
 
 class Residual:
-    """What a forward pass keeps: its inputs, every state, and the cell's saved values by step."""
+    """What a forward pass keeps: its inputs, and by step the values of every vector and what each stage saved."""
 
     def __init__(self, **kept: Any) -> None:
         self.__dict__.update(kept)
+
+
+class _Weights:
+    """The weights by pre-activation: what the input and the recurrent product multiply."""
+
+    def __init__(self, cell: Cell, kernel: Any, recurrent_kernel: Any, projection: Any, H: int) -> None:
+        columns = lambda names, g: slice(names.index(g) * H, (names.index(g) + 1) * H)
+        self.x, self.h = {}, {}
+        for g in cell.gates:
+            self.x[g + "_x" if g in cell.split else g] = columns(cell.gates, g)
+        for g in cell.recurrent:
+            self.h[g + "_h" if g in cell.split else g] = columns(cell.recurrent, g)
+        self.kernel, self.recurrent_kernel, self.projection = kernel, recurrent_kernel, projection
+
+    def recurrent(self, name: str) -> np.ndarray:
+        return self.projection if name == "projection" else self.recurrent_kernel[:, self.h[name]]
 
 
 @np.errstate(all="ignore")  # as in a kernel, NaN and infinity travel without a word
@@ -69,6 +88,7 @@ def forward(
     training: bool,
     aux: tuple[np.ndarray, ...] = (),
     recurrent_mask: np.ndarray | None = None,
+    projection: np.ndarray | None = None,
 ) -> Forward:
     """Run the sequence; see sequence.py for arguments, shapes and meaning.
 
@@ -79,97 +99,146 @@ def forward(
     >>> out.h.ravel().round(4).tolist()
     [0.7616, 0.7616, 0.7616]
     """
-    check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
-    (T, B, _), H, G = x.shape, recurrent_kernel.shape[0], len(cell.gates)
+    T, B, _, H, P = check_forward(
+        cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
+    )
     dtype = np.result_type(x, kernel, recurrent_kernel)
-    step = functions(cell)[0]
-    if state is None:
-        state = tuple(np.zeros((B, H), dtype) for _ in cell.state)
-    states = [np.empty((T + 1, B, H), dtype) for _ in cell.state]
-    for s, s0 in zip(states, state, strict=True):
+    weights = _Weights(cell, kernel, recurrent_kernel, projection, H)
+    states = [np.zeros((T + 1, B, H if k else P), dtype) for k in range(len(cell.state))]
+    for s, s0 in zip(states, state or (), strict=False):
         s[0] = s0
-    saved: list[Any] = [None] * T
     projected = x @ kernel if bias is None else x @ kernel + bias
-    gate = {g: slice(k * H, (k + 1) * H) for k, g in enumerate(cell.gates)}
-    aux = tuple(np.broadcast_to(a, (T, B, H)) for a in aux)
-    masks = None if recurrent_mask is None else np.broadcast_to(recurrent_mask, (T, B, H))
+    constant = dict(zip(cell.params, params, strict=True))
+    by_step = {a: np.broadcast_to(v, (T, *v.shape[1:])) for a, v in zip(cell.aux, aux, strict=True)}
+    masks = None if recurrent_mask is None else np.broadcast_to(recurrent_mask, (T, B, P))
+    steps: list[Any] = []
     for t in range(T):
-        fed = states[0][t] if masks is None else states[0][t] * masks[t]
-        recurrent = fed @ recurrent_kernel
-        values = _pre_activations(cell, gate, projected[t], recurrent)
-        values.update({s: seq[t] for s, seq in zip(cell.state, states, strict=True)})
-        values.update(zip(cell.params, params, strict=True))
-        values.update(zip(cell.aux, (a[t] for a in aux), strict=True))
-        out = step(*(values[a] for a in cell.forward_args))
-        for s, new in zip(states, out, strict=False):
-            s[t + 1] = new if valid is None else np.where(valid[t][:, None], new, s[t])
+        values = constant | {a: v[t] for a, v in by_step.items()}
+        values |= {s: seq[t] for s, seq in zip(cell.state, states, strict=True)}
+        kept: list[Any] = []
+        for stage, (function, _) in zip(cell.stages, functions(cell), strict=True):
+            scales = [_normalize(values, norm) for norm in stage.norms]
+            fed = values[stage.source]
+            if masks is not None and not stage.projects:
+                fed = fed * masks[t]
+            for name in stage.pre:
+                values[name] = projected[t][:, weights.x[name]] if name in stage.x_gates else 0
+                if name in stage.h_gates:
+                    values[name] = values[name] + fed @ weights.recurrent(name)
+            out = function(*(values[a] for a in stage.forward_args))
+            shape = (B, P if stage.projects else H)
+            out = [np.broadcast_to(v, shape) for v in out]
+            values |= zip(stage.made, out, strict=False)
+            kept.append((fed, scales, dict(enumerate(out[len(stage.made) :]))))
+        for s, seq in zip(cell.state, states, strict=True):
+            new = values[s + "1"]
+            seq[t + 1] = new if valid is None else np.where(valid[t][:, None], new, seq[t])
+            values[s + "1"] = seq[t + 1]
         if training:
-            saved[t] = [np.broadcast_to(v, (B, H)) for v in out[len(cell.state) :]]
+            steps.append((values, kept))
     final = tuple(s[T].copy() for s in states)
     if not training:
         return Forward(states[0][1:], final, None, None)
     residual = Residual(
-        cell=cell, x=x, kernel=kernel, recurrent_kernel=recurrent_kernel, bias=bias, params=params,
-        states=states, saved=saved, valid=valid, shape=(T, B, H, G), dtype=dtype, aux=aux, masks=masks,
+        cell=cell, x=x, weights=weights, bias=bias, steps=steps, valid=valid, shape=(T, B, H, P), dtype=dtype, masks=masks,
     )  # fmt: skip
     return Forward(states[0][1:], final, tuple(s[1:] for s in states[1:]), residual)
 
 
-def _pre_activations(
-    cell: Cell, gate: dict[str, slice], x: np.ndarray, h: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The pre-activations by name: W x + R h, or its two parts where the cell asks for them apart."""
-    values = {}
-    for name, columns in gate.items():
-        if name in cell.split:
-            values[name + "_x"], values[name + "_h"] = x[:, columns], h[:, columns]
-        else:
-            values[name] = x[:, columns] + h[:, columns]
-    return values
+def _normalize(values: dict[str, Any], norm: Norm) -> np.ndarray:
+    """Normalise the vectors jointly over all units of each row; the factor (B, 1) is given back."""
+    joined = np.concatenate([values[n] for n in norm.inputs], axis=-1)
+    scale = 1 / np.sqrt(joined.var(axis=-1, keepdims=True) + NORM_EPSILON)
+    joined = (joined - joined.mean(axis=-1, keepdims=True)) * scale
+    values |= zip(norm.outputs, np.split(joined, len(norm.outputs), axis=-1), strict=True)
+    return scale
 
 
 @np.errstate(all="ignore")
 def backward(
-    residual: Any, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True
+    residual: Any,
+    dh: np.ndarray | None,
+    dfinal: tuple[Any, ...],
+    *,
+    need_dx: bool = True,
+    dstates: tuple[Any, ...] | None = None,
 ) -> Gradients:
-    """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state."""
-    r, cell = residual, residual.cell
-    T, B, H, G = r.shape
-    check_backward(cell, (T, B, H), dh, dfinal)
-    step = functions(cell)[1]
-    ds = [np.zeros((B, H), r.dtype) if d is None else np.array(d, r.dtype) for d in dfinal]
-    dx_gates, dh_gates = np.zeros((T, B, G * H), r.dtype), np.zeros((T, B, G * H), r.dtype)
-    dparams = [np.zeros(H, r.dtype) for _ in cell.params]
+    """Gradients of `forward`; see sequence.py for arguments, shapes and meaning."""
+    r, cell, weights = residual, residual.cell, residual.weights
+    T, B, H, P = r.shape
+    check_backward(cell, r.shape, dh, dfinal, dstates)
+    upstream = dict(zip(cell.state, (dh, *(dstates or (None,) * (len(cell.state) - 1))), strict=True))
+    dgates = np.zeros((T, B, weights.kernel.shape[1]), r.dtype)
+    drecurrent = np.zeros_like(weights.recurrent_kernel, r.dtype)
+    dprojection = None if weights.projection is None else np.zeros_like(weights.projection, r.dtype)
+    dparams = {p: np.zeros(H, r.dtype) for p in cell.params}
+    zeros = {s: np.zeros((B, H if k else P), r.dtype) for k, s in enumerate(cell.state)}
+    d_new = {
+        s: z if d is None else np.array(d, r.dtype) for (s, z), d in zip(zeros.items(), dfinal, strict=True)
+    }
     for t in reversed(range(T)):
-        if dh is not None:
-            ds[0] = ds[0] + dh[t]
-        values: dict[str, Any] = {f"y{k}": v for k, v in enumerate(r.saved[t])}
-        for k, s in enumerate(cell.state):
-            values[s], values[s + "1"], values["d_" + s] = r.states[k][t], r.states[k][t + 1], ds[k]
-        values.update(zip(cell.params, r.params, strict=True))
-        values.update(zip(cell.aux, (a[t] for a in r.aux), strict=True))
-        out = [np.broadcast_to(v, (B, H)) for v in step(*(values[a] for a in cell.backward_args))]
-        if r.valid is not None:  # an invalid step hands the states' gradients on and takes none itself
-            live = r.valid[t][:, None]
-            n = len(cell.pre)
-            out = [np.where(live, v, ds[k - n] if n <= k < n + len(ds) else 0) for k, v in enumerate(out)]
-        pre = dict(zip(cell.pre, out, strict=False))
-        for k, g in enumerate(cell.gates):
-            columns = slice(k * H, (k + 1) * H)
-            dx_gates[t][:, columns] = pre[g + "_x" if g in cell.split else g]
-            dh_gates[t][:, columns] = pre[g + "_h" if g in cell.split else g]
-        ds = [np.array(v, r.dtype) for v in out[len(cell.pre) : len(cell.pre) + len(cell.state)]]
-        from_gates = dh_gates[t] @ r.recurrent_kernel.T
-        ds[0] = ds[0] + (from_gates if r.masks is None else from_gates * r.masks[t])
-        for d, v in zip(dparams, out[len(cell.pre) + len(cell.state) :], strict=True):
-            d += v.sum(0)
-    flat = dx_gates.reshape(T * B, G * H)
-    fed = r.states[0][:-1] if r.masks is None else r.states[0][:-1] * r.masks
+        values, kept = r.steps[t]
+        live = None if r.valid is None else r.valid[t][:, None]
+        for s in cell.state:
+            if upstream[s] is not None:
+                d_new[s] = d_new[s] + upstream[s][t]
+        gradient: dict[str, Any] = {s + "1": d for s, d in d_new.items()}  # by vector; what is missing is 0
+        for stage, (_, function), (fed, scales, saved) in reversed(
+            list(zip(cell.stages, functions(cell), kept, strict=True))
+        ):
+            shape = (B, P if stage.projects else H)
+            known = values | {f"y{k}": v for k, v in saved.items()}
+            for m in stage.made:
+                known[stage.gradient_of[m]] = gradient.get(m, np.zeros(shape, r.dtype))
+            out = [np.broadcast_to(v, shape) for v in function(*(known[a] for a in stage.backward_args))]
+            if live is not None:
+                out = [np.where(live, v, 0) for v in out]
+            found = dict(zip((*stage.pre, *stage.given, *stage.params), out, strict=True))
+            for m in stage.made:
+                gradient.pop(m, None)  # a vector that takes another's place begins anew
+            for n in stage.given:
+                gradient[n] = gradient.get(n, 0) + found[n]
+            for p in stage.params:
+                dparams[p] += found[p].sum(0)
+            d_fed = np.zeros_like(fed)
+            for g in stage.pre:
+                if g in stage.x_gates:
+                    dgates[t][:, weights.x[g]] += found[g]
+                if g in stage.h_gates:
+                    d_fed += found[g] @ weights.recurrent(g).T
+                    if g == "projection":
+                        dprojection += fed.T @ found[g]
+                    else:
+                        drecurrent[:, weights.h[g]] += fed.T @ found[g]
+            if stage.h_gates:
+                if r.masks is not None and not stage.projects:
+                    d_fed = d_fed * r.masks[t]
+                gradient[stage.source] = gradient.get(stage.source, 0) + d_fed
+            for norm, scale in zip(stage.norms, scales, strict=True):
+                _normalize_backward(gradient, values, norm, scale)
+        d_old = {s: gradient.get(s, zeros[s]) for s in cell.state}
+        if live is not None:  # a step that is not valid hands the states' gradients on
+            d_old = {s: np.where(live, d, d_new[s]) for s, d in d_old.items()}
+        d_new = d_old
+    flat = dgates.reshape(T * B, -1)
     return Gradients(
-        x=dx_gates @ r.kernel.T if need_dx else None,
+        x=dgates @ weights.kernel.T if need_dx else None,
         kernel=r.x.reshape(T * B, -1).T @ flat,
-        recurrent_kernel=fed.reshape(T * B, H).T @ dh_gates.reshape(T * B, G * H),
+        recurrent_kernel=drecurrent,
         bias=None if r.bias is None else flat.sum(0),
-        params=tuple(dparams),
-        state=tuple(ds),
+        params=tuple(dparams.values()),
+        state=tuple(d_new.values()),
+        projection=dprojection,
     )
+
+
+def _normalize_backward(
+    gradient: dict[str, Any], values: dict[str, Any], norm: Norm, scale: np.ndarray
+) -> None:
+    """From the gradients of normalised vectors to those of what was normalised."""
+    shape = values[norm.outputs[0]].shape
+    d = np.concatenate([np.broadcast_to(gradient.pop(n, 0.0), shape) for n in norm.outputs], axis=-1)
+    y = np.concatenate([values[n] for n in norm.outputs], axis=-1)
+    d = scale * (d - d.mean(-1, keepdims=True) - y * (d * y).mean(-1, keepdims=True))
+    for n, part in zip(norm.inputs, np.split(d, len(norm.inputs), axis=-1), strict=True):
+        gradient[n] = gradient.get(n, 0) + part

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ..derive import Cell
+from ..derive import Cell, Stage
 from ..sequence import Forward, Gradients, check_backward, check_forward
 from . import math as vector_math
 from . import threads
@@ -88,6 +88,8 @@ class P(IntEnum):
     VALID = auto()  # bytes [T B]; 0: all steps are valid
     X_COLUMN = auto()  # for each gate fed by the input, its place among the weights' columns
     H_COLUMN = auto()
+    X_ROW = auto()  # columns of the whole weights
+    H_ROW = auto()
     WP = auto()
     RP = auto()
     BP = auto()
@@ -109,6 +111,10 @@ class P(IntEnum):
     DY_T = auto()  # bytes between its steps
     DY_B = auto()  # bytes between its rows
     DSTATE = auto()  # [state][B][HP], in place
+    DSTATES = (
+        auto()
+    )  # for each state after the first: 0 or the address of its sequence's gradient, bytes between its
+    # steps and between its rows
     D = auto()
     RT = auto()
     WT = auto()
@@ -132,9 +138,9 @@ class Layout:
     extra: int  # saved values beside those over the gates
 
     @classmethod
-    def of(cls, cell: Cell) -> Layout:
-        pre = len(cell.pre)
-        return cls(pre, len(cell.x_gates), len(cell.h_gates), max(1, 4 // pre), max(0, cell.saved - pre))
+    def of(cls, stage: Stage) -> Layout:
+        pre = len(stage.pre)
+        return cls(pre, len(stage.x_gates), len(stage.h_gates), max(1, 4 // pre), max(0, stage.saved - pre))
 
     @property
     def width(self) -> int:
@@ -155,8 +161,9 @@ class Layout:
 
 def tile_source(cell: Cell) -> str:
     """The text of a cell's two tile functions: its emitted equations between loads and stores."""
-    lay = Layout.of(cell)
-    return _forward_tile(cell, lay) + "\n" + _backward_tile(cell, lay)
+    (stage,) = cell.stages
+    lay = Layout.of(stage)
+    return _forward_tile(cell, stage, lay) + "\n" + _backward_tile(cell, stage, lay)
 
 
 def field(place: P) -> str:
@@ -179,10 +186,10 @@ def _inline(source: str, arguments: tuple[str, ...], results: list[str], indent:
     return [*(indent + line for line in statements), f"{indent}{targets}= {values}"]
 
 
-def _forward_tile(cell: Cell, lay: Layout) -> str:
+def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     """forward_tile(p, s, s_step, rows, t, b, u): the cell on `rows` rows from b and block u; s addresses pre-activations."""
     wb = lay.width * 4
-    uses = set(cell.forward_args)
+    uses = set(stage.forward_args)
     o = [
         "def forward_tile(p, s, s_step, rows, t, b, u):",
         f"    hp4 = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
@@ -200,7 +207,7 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
         f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
     ]
     indent = " " * 16
-    o += [f"{indent}_{g} = load(s + {k * wb} + q)" for k, g in enumerate(cell.pre) if g in uses]
+    o += [f"{indent}_{g} = load(s + {k * wb} + q)" for k, g in enumerate(stage.pre) if g in uses]
     for k, s in enumerate(cell.state):
         if s in uses:
             o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
@@ -209,7 +216,7 @@ def _forward_tile(cell: Cell, lay: Layout) -> str:
         f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, H - first - q // 4)" for k, n in enumerate(cell.aux)
     ]
     results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
-    o += _inline(cell.forward_source, cell.forward_args, results, indent)
+    o += _inline(stage.forward_source, stage.forward_args, results, indent)
     o += [
         f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)"
         for k, s in enumerate(cell.state)
@@ -246,13 +253,13 @@ def _aux_rows(cell: Cell, place: str) -> list[str]:
     ]
 
 
-def _backward_tile(cell: Cell, lay: Layout) -> str:
+def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     """backward_tile(p, s, s_step, rows, t, b, v, vectors): gradients of step t on rows from b, unit vectors from v.
 
     s addresses what comes from the step after through the recurrence, (rows, vectors LANES).
     """
     wb, row = lay.width * 4, lay.pre * lay.width * 4
-    uses = set(cell.backward_args)
+    uses = set(stage.backward_args)
     o = [
         "def backward_tile(p, s, s_step, rows, t, b, v, vectors):",
         f"    HP = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
@@ -266,8 +273,13 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
         f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
         f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
-        f"    aux = {field(P.AUX)}",
+        f"    aux = {field(P.AUX)}; later = {field(P.DSTATES)}",
         *_aux_rows(cell, ""),
+        *(
+            f"    dc{k} = load_int(later + {24 * k}); dc_row{k} = load_int(later + {24 * k + 16})\n"
+            f"    if dc{k} != 0: dc{k} += t * load_int(later + {24 * k + 8}) + b * dc_row{k}"
+            for k in range(len(cell.state) - 1)
+        ),
         "    for m in range(rows):",
         "        live = valid == 0 or load_byte(valid + r + m) != 0",
         "        for j in range(vectors):",
@@ -278,13 +290,14 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
         "            if masked: through = through * load_n(mask + m * mask_row + q, n)",
         f"            _d_{cell.state[0]} = through + load(ds)",
         f"            if dy0 != 0: _d_{cell.state[0]} = _d_{cell.state[0]} + load_n(dy0 + m * dy_step + q, n)",
-        "            if live:",
     ]
+    for k, name in enumerate(cell.state[1:]):
+        o.append(f"            _d_{name} = load(ds + {k + 1} * dslot)")
+        o.append(f"            if dc{k} != 0: _d_{name} = _d_{name} + load_n(dc{k} + m * dc_row{k} + q, n)")
+    o.append("            if live:")
     indent = " " * 16
     for k, s in enumerate(cell.state):
         before = "hi0 + m * hp4 + q" if k == 0 else f"ci0 + m * hp4 + {k - 1} * slot + q"
-        if k:
-            o.append(f"{indent}_d_{s} = load(ds + {k} * dslot)")
         if s in uses:
             o.append(f"{indent}_{s} = load({before})")
         if s + "1" in uses:
@@ -298,20 +311,20 @@ def _backward_tile(cell: Cell, lay: Layout) -> str:
             extra = f"e0 + (block * TB + r + m) * {lay.extra * wb} + sub + {(k - lay.pre) * wb}"
             o.append(f"{indent}_y{k} = load({extra})")
     results = [
-        *(f"g_{n}" for n in cell.pre),
+        *(f"g_{n}" for n in stage.pre),
         *(f"s_{n}" for n in cell.state),
         *(f"p_{n}" for n in cell.params),
     ]
-    o += _inline(cell.backward_source, cell.backward_args, results, indent)
+    o += _inline(stage.backward_source, stage.backward_args, results, indent)
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
-    o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in cell.pre]
-    for k, g in enumerate(cell.pre):
+    o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in stage.pre]
+    for k, g in enumerate(stage.pre):
         o.append(f"{indent}store(g + {k * wb}, _g_{g}); store_n(d + {k} * h4, _g_{g}, n)")
     o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
     for k, n in enumerate(cell.params):
         o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
     o.append("            else:")  # the states' gradients pass on; the gates get none
-    o.append(f"{indent}store(ds, _d_{cell.state[0]})")
+    o += [f"{indent}store(ds + {k} * dslot, _d_{name})" for k, name in enumerate(cell.state)]
     o += [f"{indent}store(g + {k * wb}, K(0.0)); store_n(d + {k} * h4, K(0.0), n)" for k in range(lay.pre)]
     o.append("        s += s_step")
     return "\n".join(o) + "\n"
@@ -326,34 +339,34 @@ def tile_rows(left):
 
 
 @njit(**JIT_OPTIONS)
-def pack_columns(source, rows, H, blocks, gates, width, columns, out, shard, shards):
-    """(rows, G H) -> [block][rows][gates width]: the gates' columns of each block of units side by side, padded with 0."""
+def pack_columns(source, row, rows, H, blocks, gates, width, columns, out, shard, shards):
+    """(rows, row) -> [block][rows][gates width]: the gates' columns of each block of units side by side, padded with 0."""
     first, last = share(blocks, shard, shards)
     for u in range(first, last):
         for k in range(rows):
             for g in range(gates):
-                a = source + (k * H * gates + load_int(columns + 8 * g) * H + u * width) * 4
+                a = source + (k * row + load_int(columns + 8 * g) * H + u * width) * 4
                 z = out + ((u * rows + k) * gates + g) * width * 4
                 for q in range(0, width, LANES):
                     store(z + q * 4, load_n(a + q * 4, H - u * width - q))
 
 
 @njit(**JIT_OPTIONS)
-def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, shard, shards):
+def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, row, shard, shards):
     """The reverse of `pack_columns`."""
     first, last = share(rows, shard, shards)
     for k in range(first, last):
         for u in range(blocks):
             for g in range(gates):
                 a = packed + ((u * rows + k) * gates + g) * width * 4
-                z = out + (k * H * gates + load_int(columns + 8 * g) * H + u * width) * 4
+                z = out + (k * row + load_int(columns + 8 * g) * H + u * width) * 4
                 for q in range(0, width, LANES):
                     store_n(z + q * 4, load(a + q * 4), H - u * width - q)
 
 
 @njit(**JIT_OPTIONS)
-def pack_transposed(source, rows, H, gates, columns, out, shard, shards):
-    """(rows, G H) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors LANES], padded with 0."""
+def pack_transposed(source, row, rows, H, gates, columns, out, shard, shards):
+    """(rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors LANES], padded with 0."""
     vectors = (rows + LANES - 1) // LANES
     panels = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS
     depth = gates * H
@@ -365,7 +378,7 @@ def pack_transposed(source, rows, H, gates, columns, out, shard, shards):
         zero_bytes(panel, depth * width * 4)
         for c in range(min(width, rows - v0 * LANES)):
             for g in range(gates):
-                a = source + ((v0 * LANES + c) * H * gates + load_int(columns + 8 * g) * H) * 4
+                a = source + ((v0 * LANES + c) * row + load_int(columns + 8 * g) * H) * 4
                 z = panel + (g * H * width + c) * 4
                 for u in range(H):
                     store_scalar(z + u * width * 4, load_scalar(a + u * 4))
@@ -388,8 +401,9 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         wp, rp, bp, fused, flags = get(p, P.WP), get(p, P.RP), get(p, P.BP), get(p, P.FUSED), get(p, P.FLAGS)
         gates, fed, scratch = get(p, P.GATES), get(p, P.FED), get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
         # 1. pack the weights, each thread its blocks
-        pack_columns(get(p, P.KERNEL), I, H, blocks, GX, W, get(p, P.X_COLUMN), wp, shard, shards)
-        pack_columns(get(p, P.RECURRENT), H, H, blocks, GH, W, get(p, P.H_COLUMN), rp, shard, shards)
+        x_row, h_row = get(p, P.X_ROW), get(p, P.H_ROW)
+        pack_columns(get(p, P.KERNEL), x_row, I, H, blocks, GX, W, get(p, P.X_COLUMN), wp, shard, shards)
+        pack_columns(get(p, P.RECURRENT), h_row, H, H, blocks, GH, W, get(p, P.H_COLUMN), rp, shard, shards)
         if get(p, P.BIAS) != 0 and shard == 0:
             for u in range(blocks):
                 for g in range(GX):
@@ -451,9 +465,10 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
         zeros, ds, gates, d_row = get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.GATES), NP * H * 4
         s, mask = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB)), get(p, P.MASK)
         # 1. pack the transposed weights
-        pack_transposed(get(p, P.RECURRENT), H, H, GH, get(p, P.H_COLUMN), rt, shard, shards)
+        x_row, h_row = get(p, P.X_ROW), get(p, P.H_ROW)
+        pack_transposed(get(p, P.RECURRENT), h_row, H, H, GH, get(p, P.H_COLUMN), rt, shard, shards)
         if dx != 0:
-            pack_transposed(get(p, P.KERNEL), I, H, GX, get(p, P.X_COLUMN), wt, shard, shards)
+            pack_transposed(get(p, P.KERNEL), x_row, I, H, GX, get(p, P.X_COLUMN), wt, shard, shards)
         barrier(flags, shard, shards, 1)
         # 2. the steps, last to first; at t = -1 only what leaves the first step is left to do
         b0, b1 = share(B, shard, shards)
@@ -548,10 +563,10 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
                         )  # fmt: skip
         barrier(flags, shard, shards, T + 5)
         unpack_columns(
-            get(p, P.DWP), I, H, blocks, GX, W, get(p, P.X_COLUMN), get(p, P.DKERNEL), shard, shards
+            get(p, P.DWP), I, H, blocks, GX, W, get(p, P.X_COLUMN), get(p, P.DKERNEL), x_row, shard, shards
         )
         unpack_columns(
-            get(p, P.DRP), H, H, blocks, GH, W, get(p, P.H_COLUMN), get(p, P.DRECURRENT), shard, shards
+            get(p, P.DRP), H, H, blocks, GH, W, get(p, P.H_COLUMN), get(p, P.DRECURRENT), h_row, shard, shards
         )
 
     return forward, backward
@@ -560,7 +575,7 @@ def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any) -> tuple[Any, A
 @cache
 def _functions(cell: Cell) -> tuple[str, Any, Any]:
     """Tile source and the two driver functions, not yet compiled."""
-    lay, source = Layout.of(cell), tile_source(cell)
+    lay, source = Layout.of(cell.stages[0]), tile_source(cell)
     scope = dict(
         vector_math.NAMES,
         K=K,
@@ -594,13 +609,18 @@ def backward_kernel(cell: Cell) -> Any:
 @cache
 def _tables(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Addresses of the cell's fused tiles (a row a group of columns), and the weights' columns of its two kinds of gates."""
-    fused = np.stack([fused_family(columns, windows) for _, columns, windows in Layout.of(cell).groups()])
-    column = {g: k for k, g in enumerate(cell.gates)}
-    column |= {g + part: k for k, g in enumerate(cell.gates) for part in ("_x", "_h")}
+    (stage,) = cell.stages
+    fused = np.stack([fused_family(columns, windows) for _, columns, windows in Layout.of(stage).groups()])
+    return np.ascontiguousarray(fused), *columns(cell, stage)
+
+
+def columns(cell: Cell, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+    """The places of a stage's gates among the weights' columns: those fed by the input, those by the recurrence."""
+    place = lambda names, part: {n: k for k, g in enumerate(names) for n in (g, g + part)}
+    of_x, of_h = place(cell.gates, "_x"), place(cell.recurrent, "_h") | {"projection": 0}
     return (
-        np.ascontiguousarray(fused),
-        np.array([column[g] for g in cell.x_gates], np.int64),
-        np.array([column[g] for g in cell.h_gates], np.int64),
+        np.array([of_x[g] for g in stage.x_gates], np.int64),
+        np.array([of_h[g] for g in stage.h_gates], np.int64),
     )
 
 
@@ -628,7 +648,7 @@ def _apart(shards: int, units: bool, B: int, I: int) -> bool:
 
 def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
     """Which kernel runs this shape, in words."""
-    shards, units = _split(Layout.of(cell), T, B, I, H)
+    shards, units = _split(Layout.of(cell.stages[0]), T, B, I, H)
     how = "one thread" if shards == 1 else f"{shards} threads over the {'units' if units else 'batch'}"
     return f"fused {cell.name}, {TILE_ROWS} x {TILE_COLUMNS} vectors of {LANES}, {how}"
 
@@ -664,6 +684,7 @@ def forward(
     training: bool,
     aux: tuple[np.ndarray, ...] = (),
     recurrent_mask: np.ndarray | None = None,
+    projection: np.ndarray | None = None,
 ) -> Forward:
     """Run the sequence in float32; see ../sequence.py for arguments, shapes and meaning.
 
@@ -677,13 +698,16 @@ def forward(
     >>> [round(float(h), 4) for h in out.h.ravel()]
     [0.7616, 0.7616, 0.7616]
     """
-    check_forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask)
-    (T, B, I), H = x.shape, recurrent_kernel.shape[0]
+    T, B, I, H, _ = check_forward(
+        cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
+    )
     if min(T, B, I, H) < 1:
         raise ValueError(
             f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
         )
-    lay = Layout.of(cell)
+    if len(cell.stages) > 1:
+        raise NotImplementedError(f"{cell.name}: cells of several stages are not on the cpu yet")
+    lay = Layout.of(cell.stages[0])
     W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
     HP, slots = blocks * W, T + 1 if training else 1
     fused, x_column, h_column = _tables(cell)
@@ -733,6 +757,7 @@ def forward(
         inputs += [*steps, table]
         plan[P.AUX] = table.ctypes.data
     plan[: P.APART + 1] = T, B, I, H, HP, blocks, units, apart
+    plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
     plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = (
         training,
         slots * B * HP * 4,
@@ -763,10 +788,26 @@ def forward(
     return Forward(hs[1:, :, :H], final, tuple(cs[k, 1:, :, :H] for k in range(S - 1)), residual)
 
 
+def _gradients_of_states(dstates: tuple[Any, ...] | None, count: int) -> list[np.ndarray]:
+    """The table of the plan's DSTATES, then the arrays that it points into."""
+    table, kept = np.zeros((count, 3), np.int64), []
+    for k, d in enumerate(dstates or ()):
+        if d is not None:
+            d = np.ascontiguousarray(d, np.float32)
+            table[k] = d.ctypes.data, *d.strides[:2]
+            kept.append(d)
+    return [table, *kept]
+
+
 def backward(
-    residual: Residual, dh: np.ndarray | None, dfinal: tuple[Any, ...], *, need_dx: bool = True
+    residual: Residual,
+    dh: np.ndarray | None,
+    dfinal: tuple[Any, ...],
+    *,
+    need_dx: bool = True,
+    dstates: tuple[Any, ...] | None = None,
 ) -> Gradients:
-    """Gradients of `forward`; `dh` (T, B, H) or None, `dfinal` one (B, H) or None for each state.
+    """Gradients of `forward`; see ../sequence.py for arguments, shapes and meaning.
 
     Raises:
         ValueError: the residual has been used (its saved values have become gradients).
@@ -774,9 +815,9 @@ def backward(
     if residual.used:
         raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
     cell, plan, (T, B, I, H, HP, blocks) = residual.cell, residual.plan, residual.shape
-    check_backward(cell, (T, B, H), dh, dfinal)
+    check_backward(cell, (T, B, H, H), dh, dfinal, dstates)
     residual.used = True
-    lay, S, G, NP = Layout.of(cell), len(cell.state), len(cell.gates), len(cell.params)
+    lay, S, G, NP = Layout.of(cell.stages[0]), len(cell.state), len(cell.gates), len(cell.params)
     zeroed = {
         P.DSTATE: S * B * HP,
         P.DBP: blocks * lay.pre * lay.width,
@@ -793,7 +834,7 @@ def backward(
     for k, d in enumerate(dfinal):
         if d is not None:
             ds[k, :, :H] = d
-    dkernel, drecurrent = aligned((I, G * H)), aligned((H, G * H))
+    dkernel, drecurrent = aligned((I, G * H)), aligned((H, len(cell.recurrent) * H))
     plan[P.DKERNEL], plan[P.DRECURRENT] = dkernel.ctypes.data, drecurrent.ctypes.data
     dx = None
     if need_dx:
@@ -803,6 +844,8 @@ def backward(
         if dh.dtype != np.float32 or (H > 1 and dh.strides[2] != 4):
             dh = np.ascontiguousarray(dh, np.float32)
         plan[P.DY], plan[P.DY_T], plan[P.DY_B] = dh.ctypes.data, *dh.strides[:2]
+    later = _gradients_of_states(dstates, S - 1)
+    plan[P.DSTATES] = later[0].ctypes.data
     flags = residual.flags
     residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
     packed = np.array(plan, np.int64)

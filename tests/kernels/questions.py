@@ -29,15 +29,25 @@ class Question:
     dfinal: tuple[Any, ...]
     aux: tuple[Any, ...] = ()
     recurrent_mask: Any = None
+    projection: Any = None
+    dstates: Any = None
 
     def cast(self, dtype: str) -> Question:
-        rest = (self.arguments, self.dh, self.dfinal, self.aux, self.recurrent_mask)
+        rest = (
+            self.arguments,
+            self.dh,
+            self.dfinal,
+            self.aux,
+            self.recurrent_mask,
+            self.projection,
+            self.dstates,
+        )
         return Question(self.cell, *(_cast(a, dtype) for a in rest))
 
     def forward(self, kernels: Any = sequence, *, training: bool) -> Any:
         """The sequence, by either module of kernels."""
-        masks = {"aux": self.aux, "recurrent_mask": self.recurrent_mask}
-        return kernels.forward(self.cell, *self.arguments, training=training, **masks)
+        rest = {"aux": self.aux, "recurrent_mask": self.recurrent_mask, "projection": self.projection}
+        return kernels.forward(self.cell, *self.arguments, training=training, **rest)
 
 
 def _cast(a: Any, dtype: str) -> Any:
@@ -49,10 +59,11 @@ def _cast(a: Any, dtype: str) -> Any:
 def ask(
     cell: Cell, T: int, B: int, I: int, H: int, pattern: str = "all", seed: int = 0, spread: float = 1.0
 ) -> Question:
-    """A question of that shape; with a pattern of valid steps, the first row has none."""
-    draw, G = np.random.default_rng([seed, T, B, I, H]), len(cell.gates)
+    """A question of that shape; with a pattern of valid steps, the first row has none. A projection halves the output."""
+    draw, G, R = np.random.default_rng([seed, T, B, I, H]), len(cell.gates), len(cell.recurrent)
+    P = max(1, H // 2) if cell.projects else H
     normal = lambda *shape: draw.standard_normal(shape) * spread
-    state = [normal(B, H) * 0.5 for _ in cell.state]
+    state = [normal(B, H if k else P) * 0.5 for k in range(len(cell.state))]
     if "n" in cell.state:  # sLSTM divides by it
         state[cell.state.index("n")] = np.abs(normal(B, H)) + 1.0
     valid = None
@@ -62,20 +73,26 @@ def ask(
             valid = np.arange(T)[:, None] < draw.integers(0, T + 1, B)
         valid[:, 0] = False
     arguments = (
-        normal(T, B, I), normal(I, G * H) / I**0.5, normal(H, G * H) / H**0.5, normal(G * H),
+        normal(T, B, I), normal(I, G * H) / I**0.5, normal(P, R * H) / P**0.5, normal(G * H),
         tuple(normal(H) for _ in cell.params), tuple(state), valid,
     )  # fmt: skip
-    upstream = normal(T, B, H), tuple(normal(B, H) for _ in cell.state)
-    aux = tuple((draw.random((T, B, H)) < 0.3) * 1.0 for _ in cell.aux)
-    return Question(cell, arguments, *upstream, aux).cast("f").cast("d")
+    upstream = normal(T, B, P), tuple(normal(B, H if k else P) for k in range(len(cell.state)))
+    aux = tuple((draw.random((T, B, P if a == "z_" + cell.state[0] else H)) < 0.3) * 1.0 for a in cell.aux)
+    question = Question(cell, arguments, *upstream, aux)
+    if cell.projects:
+        question.projection = normal(H, P) / H**0.5
+    return question.cast("f").cast("d")
 
 
 def answer(question: Question, kernels: Any = sequence, need_dx: bool = True) -> dict[str, np.ndarray]:
     """Every result of a training pass by name."""
     cell = question.cell
     out = question.forward(kernels, training=True)
-    g = kernels.backward(out.residual, question.dh, question.dfinal, need_dx=need_dx)
+    g = kernels.backward(
+        out.residual, question.dh, question.dfinal, need_dx=need_dx, dstates=question.dstates
+    )
     named = {"h": out.h, "dx": g.x, "dkernel": g.kernel, "drecurrent": g.recurrent_kernel, "dbias": g.bias}
+    named["dprojection"] = g.projection
     named |= {f"final {s}": a for s, a in zip(cell.state, out.final, strict=True)}
     named |= {f"all {s}": a for s, a in zip(cell.state[1:], out.states, strict=True)}
     named |= {f"d{s}": a for s, a in zip(cell.state, g.state, strict=True)}

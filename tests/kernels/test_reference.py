@@ -16,6 +16,7 @@ from numlstm.kernels import cells, reference
 from numlstm.kernels.derive import Cell
 
 EVERY = zoo.CELLS | zoo.FORMS
+ALL = EVERY | zoo.STAGED
 
 
 def unrolled(question: Question) -> list[np.ndarray]:
@@ -36,7 +37,7 @@ def unrolled(question: Question) -> list[np.ndarray]:
                 values |= {gate + "_x": from_x[:, part], gate + "_h": from_h[:, part]}
             else:
                 values[gate] = (from_x + from_h)[:, part]
-        new = zoo.NAIVE[cell.name](*(values[a] for a in cell.forward_args))
+        new = zoo.NAIVE[cell.name](*(values[a] for a in cell.arguments))
         new = dict(zip(cell.state, new if isinstance(new, tuple) else (new,), strict=True))
         for b in range(x.shape[1]):
             for s in cell.state:
@@ -67,29 +68,35 @@ def test_forward_is_the_unrolled_loop(cell: Cell, pattern: str) -> None:
 def loss(question: Question) -> float:
     out = question.forward(reference, training=False)
     total = (out.h * question.dh).sum()
+    if question.dstates is not None:
+        states = question.forward(reference, training=True).states
+        total += sum((a * d).sum() for a, d in zip(states, question.dstates, strict=True))
     return float(total + sum((a * d).sum() for a, d in zip(out.final, question.dfinal, strict=True)))
 
 
-@pytest.mark.parametrize("cell", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradients_are_the_differences(cell: Cell, pattern: str) -> None:
     """Central differences along random directions of each argument."""
-    question = ask(cell, 5, 3, 2, 4, pattern, seed=2, spread=0.5)
+    question, draw = ask(cell, 5, 3, 2, 4, pattern, seed=2, spread=0.5), np.random.default_rng(3)
     if pattern != "all":
-        question.recurrent_mask = np.random.default_rng(0).random((5, 3, 4))
+        question.recurrent_mask = np.random.default_rng(0).random(question.dh.shape)
+        question.dstates = tuple(draw.standard_normal((5, 3, 4)) for _ in cell.state[1:])
     residual = question.forward(reference, training=True).residual
-    g = reference.backward(residual, question.dh, question.dfinal)
-    draw = np.random.default_rng(3)
+    g = reference.backward(residual, question.dh, question.dfinal, dstates=question.dstates)
 
-    def moved(place: int, member: int | None, change: np.ndarray) -> Question:
+    def moved(place: int | str, member: int | None, change: np.ndarray) -> Question:
+        if isinstance(place, str):
+            return replace(question, **{place: getattr(question, place) + change})
         arguments: list[Any] = list(question.arguments)
         if member is None:
             arguments[place] = arguments[place] + change
         else:
-            arguments[place] = tuple(a + change * (k == member) for k, a in enumerate(arguments[place]))
+            arguments[place] = tuple(a + change if k == member else a for k, a in enumerate(arguments[place]))
         return replace(question, arguments=tuple(arguments))
 
     targets = [(0, None, g.x), (1, None, g.kernel), (2, None, g.recurrent_kernel), (3, None, g.bias)]
+    targets += [("projection", None, g.projection)] if cell.projects else []
     targets += [(4, k, a) for k, a in enumerate(g.params)] + [(5, k, a) for k, a in enumerate(g.state)]
     for place, member, gradient in targets:
         for _ in range(3):

@@ -18,6 +18,8 @@ from numlstm.kernels.derive import (
     log,
     maximum,
     minimum,
+    normalize,
+    preactivation,
     sigmoid,
     softplus,
     sqrt,
@@ -123,3 +125,27 @@ FORMS: dict[str, Cell] = {
     "gru_zoneout": cells.zoneout(cells.gru()),
     "lstm_coupled_peephole": cells.lstm(peephole=True, coupled=True, cell_clip=0.5),
 }
+
+# Cells of more than one stage: a second product, a projection, normalised values, and all of them together.
+STAGED: dict[str, Cell] = {
+    "gru_before": cells.gru(reset_after=False),
+    "gru_before_zoneout": cells.zoneout(cells.gru(reset_after=False)),
+    "lstm_projected": cells.lstm(projection=True),
+    "lstm_projected_zoneout": cells.zoneout(cells.lstm(projection=True, cell_clip=0.5)),
+    "elman_normalized": cells.elman(layer_norm=True),
+    "gru_normalized": cells.gru(layer_norm=True),
+    "lstm_normalized": cells.lstm(layer_norm=True),
+    "lstm_normalized_projected_peephole": cells.lstm(layer_norm=True, projection=True, peephole=True),
+}
+
+
+@cell(gates="abn", state=("h", "c"), recurrent="bn")
+def odd(a, b, h, c, scale):
+    """No paper: an input-only gate, a normalised old state, a value read two stages on, a state normalised last."""
+    u, v = normalize(a * scale, c)
+    n = preactivation("n", sigmoid(b) * u + h)
+    new = normalize(tanh(n) + v * sigmoid(a))
+    return tanh(new) + 0.1 * u, new
+
+
+STAGED["odd"] = odd

@@ -67,7 +67,7 @@ def test_one_start_for_all_rows_and_adding_in_place() -> None:
 def test_two_products_over_windows(cell: str) -> None:
     import zoo
 
-    for _, columns, windows in sequence.Layout.of(zoo.CELLS[cell]).groups():
+    for _, columns, windows in sequence.Layout.of(zoo.CELLS[cell].stages[0]).groups():
         (x0, x1), (h0, h1) = windows
         assert (x0, h1) == (0, columns)
         table = fused_family(columns, windows)

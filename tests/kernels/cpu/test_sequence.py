@@ -350,7 +350,7 @@ def test_nothing_to_do_is_refused(empty: int) -> None:
 
 
 def test_the_choice_of_split(keep_threads: None) -> None:
-    lay = sequence.Layout.of(cells.lstm())
+    lay = sequence.Layout.of(cells.lstm().stages[0])
     threads.set_num_threads(4)
     assert sequence._split(lay, 5, 4, 8, 16) == (1, False)  # too little to share
     assert sequence._split(lay, 100, 64, 64, 128) == (4, False)
