@@ -54,11 +54,8 @@ COMPARISONS = {"lt", "le"}
 ARITY = {"neg": 1, "where": 3} | dict.fromkeys(
     ("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le"), 2
 )
-ACROSS = {
-    "preactivation",
-    "normalize",
-    "project",
-}  # what looks at other units of the row, and so ends a stage
+PRODUCTS = {"preactivation", "project"}
+ACROSS = {*PRODUCTS, "normalize"}  # these look at other units of the row, and so end a stage
 NORM_EPSILON = 1e-3  # added to the variance, as Keras' LayerNormalization does
 DEAR = {"exp", "log", "sqrt", "tanh", "sigmoid", "softplus"}  # never computed twice
 
@@ -705,6 +702,10 @@ class _Cutter:
         projections = [n for n in self.graph.nodes if n.op == "project" and n in self.live]
         if len(projections) > 1 or any(self._reaches(n, self.new[1:]) for n in projections):
             raise self.fail("project(v) stands once, and only the first state, the output, may depend on it")
+        if projections and any(n.op == "preactivation" for n in placed):
+            raise self.fail(
+                "project() narrows the output, and preactivation() takes values of all units: one of them"
+            )
         return placed | {n: "projection" for n in projections}
 
     def _reaches(self, node: Node, targets: list[Node]) -> bool:
@@ -723,6 +724,7 @@ class _Cutter:
         """
         states = self.cell.state
         self.vector: dict[Node, str] = {self.leaf[s]: s for s in states if s in self.leaf}
+        self.fed: dict[Node, str] = {}  # the vector that a product reads, where it is not the same
         self.made: dict[int, dict[str, Node]] = {}
         count = 0
 
@@ -752,6 +754,12 @@ class _Cutter:
                     raise self.fail(
                         f"{across[0].op}() takes values that the cell computes, its gates, or old states"
                     )
+            elif n in self.new and any(
+                u.op in PRODUCTS for u in across
+            ):  # its new state may keep the old one's value
+                self.fed[n] = f"w{count}"
+                self.made.setdefault(self.stage[n], {})[f"w{count}"] = n
+                count += 1
             elif n not in self.vector:
                 later = n in computed and any(self.stage[u] > self.stage[n] for u in self.users[n])
                 if across or later:
@@ -783,7 +791,7 @@ class _Cutter:
         x_only = [n for n in order if n in here.values() and n not in only_h and not cell._in_one(n)]
         both = [n for n in order if n in here.values() and cell._in_one(n)]
         h_only = [n for n in order if n in here.values() and n in only_h]
-        sources = {self.vector[n.args[0]] for n in here if n.op in ACROSS}
+        sources = {self.fed.get(n.args[0], self.vector[n.args[0]]) for n in here if n.op in ACROSS}
         if any(n.op == "leaf" and name not in x_only for n, name in here.items()):
             sources.add(cell.state[0])
         if len(sources) > 1:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 
@@ -23,7 +23,7 @@ from llvmlite import ir
 from . import isa
 from .simd import I32, I64, call, operation, pointer
 
-__all__ = ["barrier", "get_num_threads", "run", "set_num_threads"]
+__all__ = ["barrier", "get_num_threads", "run", "run_all", "set_num_threads"]
 
 Kernel = Callable[[int, int, int], None]  # (plan, shard, shards)
 
@@ -92,19 +92,23 @@ def leave_cpu(cpu: int) -> None:
             os.sched_setaffinity(0, allowed)
 
 
-class _Job:
-    """One dispatch: what its shards call, and which of those on workers have finished, with what error."""
+Call = tuple[Kernel, int, int, int]  # kernel, plan, shard, shards
 
-    def __init__(self, kernel: Kernel, plan: int, shards: int) -> None:
-        self.kernel, self.plan, self.shards, self.cpu = kernel, plan, shards, current_cpu()
+
+class _Job:
+    """One dispatch: its calls, one a thread, and which of those on workers have finished, with what error."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls, self.cpu = calls, current_cpu()
         self.finished: list[BaseException | None] = []
         self.bell: SimpleQueue[None] = SimpleQueue()  # rung whenever one more has finished
 
-    def run(self, shard: int) -> None:
+    def run(self, k: int) -> None:
         error: BaseException | None = None
         try:
             leave_cpu(self.cpu)
-            self.kernel(self.plan, shard, self.shards)
+            kernel, *arguments = self.calls[k]
+            kernel(*arguments)
         except BaseException as raised:  # the caller's to raise
             error = raised
         self.finished.append(error)
@@ -120,8 +124,8 @@ class _Worker:
 
     def _loop(self) -> None:
         while True:
-            job, shard = self.inbox.get()
-            job.run(shard)
+            job, k = self.inbox.get()
+            job.run(k)
             del job
 
 
@@ -130,19 +134,21 @@ class _Gang:
         self.lock = threading.Lock()
         self.workers: list[_Worker] = []
 
-    def run(self, kernel: Kernel, plan: int, shards: int) -> None:
+    def run(self, work: list[Call]) -> None:
+        """Make every call at once, the first of them on this thread."""
+        others = len(work) - 1
         with self.lock:
-            while len(self.workers) < shards - 1:
+            while len(self.workers) < others:
                 self.workers.append(_Worker())
-            job, errors, started = _Job(kernel, plan, shards), [], []
-            calls = [partial(w.inbox.put, (job, k)) for k, w in enumerate(self.workers[: shards - 1], 1)]
-            calls += [partial(started.append, True), partial(kernel, plan, 0, shards)]
+            job, errors, started = _Job(work), [], []
+            calls = [partial(w.inbox.put, (job, k)) for k, w in enumerate(self.workers[:others], 1)]
+            calls += [partial(started.append, True), partial(*work[0])]
             try:
                 # One call of C code, in which Python raises no KeyboardInterrupt: all shards start, or none.
                 deque(map(operator.call, calls), maxlen=0)
             finally:
                 # Whatever happens, the arrays must outlive every shard, also when Ctrl-C arrives here.
-                while started and len(job.finished) < shards - 1:
+                while started and len(job.finished) < others:
                     try:
                         job.bell.get()
                     except BaseException as raised:
@@ -160,7 +166,16 @@ def run(kernel: Kernel, plan: int, shards: int) -> None:
     if shards == 1:
         kernel(plan, 0, 1)
     else:
-        _gang.run(kernel, plan, shards)
+        _gang.run([(kernel, plan, k, shards) for k in range(shards)])
+
+
+def run_all(jobs: Sequence[tuple[Kernel, int, int]]) -> None:
+    """`run` each of the jobs (kernel, plan, shards): all at the same time if there are threads enough, else in turn."""
+    if len(jobs) > 1 and sum(shards for _, _, shards in jobs) <= _num_threads:
+        _gang.run([(kernel, plan, k, shards) for kernel, plan, shards in jobs for k in range(shards)])
+    else:
+        for job in jobs:
+            run(*job)
 
 
 def _new_gang() -> None:

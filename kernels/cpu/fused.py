@@ -1,0 +1,438 @@
+"""Recurrent sequences of cells with one stage, fused: forward and backward, one dispatch each.
+
+A step's pre-activations are one product tile (input and recurrence together, microkernel.py); the cell's emitted equations
+run on the tile while it is in L1. The backward pass is the same in reverse: a tile of dh = dgates R^T, then the emitted
+gradient on it. The weights' gradients are products over all steps at the end.
+
+Beside what layout.py describes:
+    h       [T + 1][B][HP]       outputs, h[0] the initial state; the other states likewise (one slot in inference)
+    D       [2][B][NP H]         the gates' gradients of this step and the one after it, row-major, for the product
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..derive import Cell, Stage
+from ..sequence import Forward, Gradients
+from . import threads
+from .cache import compile_kernel
+from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .layout import (
+    Layout,
+    P,
+    Prepared,
+    Residual,
+    by_step,
+    columns,
+    field,
+    loops,
+    state_gradients,
+    tile_addresses,
+    tile_rows,
+)
+from .microkernel import plain_families, tile1
+from .plan import SIGNATURE, get, share
+from .simd import VECTOR_BYTES, load, load_int, load_n, store, zero_bytes
+from .threads import barrier
+from .tiles import aux_rows, inline, tile_functions
+from .workspace import aligned, carve
+
+__all__ = ["prepare", "prepare_back"]
+
+
+def tile_source(cell: Cell) -> str:
+    """The text of a cell's two tile functions: its emitted equations between loads and stores."""
+    (stage,) = cell.stages
+    lay = Layout.of(stage)
+    return _forward_tile(cell, stage, lay) + "\n" + _backward_tile(cell, stage, lay)
+
+
+def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
+    """forward_tile(p, s, s_step, rows, t, b, u): the cell on `rows` rows from b and block u; s addresses pre-activations."""
+    wb = lay.width * 4
+    uses = set(stage.forward_args)
+    o = [
+        "def forward_tile(p, s, s_step, rows, t, b, u):",
+        f"    hp4 = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
+        f"    valid = {field(P.VALID)}; training = {field(P.TRAINING)}; hp4 = hp4 * 4; at = u * {wb}",
+        f"    hi = {field(P.STATE_H)} + r * hp4 + at; ho = hi + B * hp4",
+        f"    slot = {field(P.STATE_SLOT)}; step = {field(P.STATE_STEP)}",
+        f"    ci = {field(P.STATES)} + t * step + b * hp4 + at; co = ci + step",
+        f"    e = {field(P.EXTRA)} + (u * TB + r) * {lay.extra * wb}; w = {field(P.PARAMS)} + at",
+        f"    H = {field(P.H)}; first = u * {lay.width}; aux = {field(P.AUX)}; mask = {field(P.MASK)}",
+        f"    masked = mask != 0 and t + 1 < {field(P.T)}; mask_row = {field(P.MASK_B)}",
+        f"    mask += (t + 1) * {field(P.MASK_T)} + b * mask_row + at; fed = {field(P.FED)} + (r + B) * hp4 + at",
+        *aux_rows(cell, "+ at"),
+        "    for m in range(rows):",
+        "        if valid == 0 or load_byte(valid + r + m) != 0:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+    ]
+    indent = " " * 16
+    o += [f"{indent}_{g} = load(s + {k * wb} + q)" for k, g in enumerate(stage.pre) if g in uses]
+    for k, s in enumerate(cell.state):
+        if s in uses:
+            o.append(f"{indent}_{s} = load({'hi' if k == 0 else f'ci + {k - 1} * slot'} + q)")
+    o += [f"{indent}_{n} = load(w + {k} * hp4 + q)" for k, n in enumerate(cell.params)]
+    o += [
+        f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, H - first - q // 4)" for k, n in enumerate(cell.aux)
+    ]
+    results = [s + "1" for s in cell.state] + [f"y{k}" for k in range(cell.saved)]
+    o += inline(stage.forward_source, stage.forward_args, results, indent)
+    o += [
+        f"{indent}store({'ho' if k == 0 else f'co + {k - 1} * slot'} + q, _{s}1)"
+        for k, s in enumerate(cell.state)
+    ]
+    if cell.saved:
+        o.append(f"{indent}if training != 0:")
+        for k in range(cell.saved):
+            where = f"s + {k * wb}" if k < lay.pre else f"e + {(k - lay.pre) * wb}"
+            o.append(f"{indent}    store({where} + q, _y{k})")
+    o += [
+        "        else:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+        f"{indent}store(ho + q, load(hi + q))",
+    ]
+    o += [
+        f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)
+    ]
+    o += [
+        "        if masked:",
+        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+        f"{indent}store(fed + q, load(ho + q) * load_n(mask + q, H - first - q // 4))",
+        f"        s += s_step; e += {lay.extra * wb}; mask += mask_row",
+        "        hi += hp4; ho += hp4; ci += hp4; co += hp4; fed += hp4",
+    ]
+    return "\n".join(o) + "\n"
+
+
+def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
+    """backward_tile(p, s, s_step, rows, t, b, v, vectors): gradients of step t on rows from b, unit vectors from v.
+
+    s addresses what comes from the step after through the recurrence, (rows, vectors LANES).
+    """
+    wb, row = lay.width * 4, lay.pre * lay.width * 4
+    uses = set(stage.backward_args)
+    o = [
+        "def backward_tile(p, s, s_step, rows, t, b, v, vectors):",
+        f"    HP = {field(P.HP)}; B = {field(P.B)}; TB = {field(P.T)} * B; r = t * B + b",
+        f"    hp4 = HP * 4; valid = {field(P.VALID)}; H = {field(P.H)}; dslot = B * hp4",
+        f"    slot = {field(P.STATE_SLOT)}; step = {field(P.STATE_STEP)}",
+        f"    hi0 = {field(P.STATE_H)} + r * hp4; ci0 = {field(P.STATES)} + t * step + b * hp4",
+        f"    w0 = {field(P.PARAMS)}; g0 = {field(P.GATES)}; e0 = {field(P.EXTRA)}",
+        f"    dy0 = {field(P.DY)}; ds0 = {field(P.DSTATE)} + b * hp4",
+        f"    if dy0 != 0: dy0 += t * {field(P.DY_T)} + b * {field(P.DY_B)}",
+        f"    dy_step = {field(P.DY_B)}; dp0 = {field(P.DPARAMS)} + b * hp4",
+        f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
+        f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
+        f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
+        f"    aux = {field(P.AUX)}; later = {field(P.DSTATES)}",
+        *aux_rows(cell, ""),
+        *(
+            f"    dc{k} = load_int(later + {24 * k}); dc_row{k} = load_int(later + {24 * k + 16})\n"
+            f"    if dc{k} != 0: dc{k} += t * load_int(later + {24 * k + 8}) + b * dc_row{k}"
+            for k in range(len(cell.state) - 1)
+        ),
+        "    for m in range(rows):",
+        "        live = valid == 0 or load_byte(valid + r + m) != 0",
+        "        for j in range(vectors):",
+        f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
+        f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
+        f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * d_row + q; ds = ds0 + m * hp4 + q",
+        f"            through = load(s + j * {VECTOR_BYTES})",
+        "            if masked: through = through * load_n(mask + m * mask_row + q, n)",
+        f"            _d_{cell.state[0]} = through + load(ds)",
+        f"            if dy0 != 0: _d_{cell.state[0]} = _d_{cell.state[0]} + load_n(dy0 + m * dy_step + q, n)",
+    ]
+    for k, name in enumerate(cell.state[1:]):
+        o.append(f"            _d_{name} = load(ds + {k + 1} * dslot)")
+        o.append(f"            if dc{k} != 0: _d_{name} = _d_{name} + load_n(dc{k} + m * dc_row{k} + q, n)")
+    o.append("            if live:")
+    indent = " " * 16
+    for k, s in enumerate(cell.state):
+        before = "hi0 + m * hp4 + q" if k == 0 else f"ci0 + m * hp4 + {k - 1} * slot + q"
+        if s in uses:
+            o.append(f"{indent}_{s} = load({before})")
+        if s + "1" in uses:
+            o.append(f"{indent}_{s}1 = load({before} + {'B * hp4' if k == 0 else 'step'})")
+    o += [f"{indent}_{n} = load(w0 + {k} * hp4 + q)" for k, n in enumerate(cell.params) if n in uses]
+    o += [f"{indent}_{n} = load_n(x{k} + m * x_row{k} + q, n)" for k, n in enumerate(cell.aux) if n in uses]
+    for k in range(cell.saved):
+        if k < lay.pre:
+            o.append(f"{indent}_y{k} = load(g + {k * wb})")
+        else:
+            extra = f"e0 + (block * TB + r + m) * {lay.extra * wb} + sub + {(k - lay.pre) * wb}"
+            o.append(f"{indent}_y{k} = load({extra})")
+    results = [
+        *(f"g_{n}" for n in stage.pre),
+        *(f"s_{n}" for n in cell.state),
+        *(f"p_{n}" for n in cell.params),
+    ]
+    o += inline(stage.backward_source, stage.backward_args, results, indent)
+    o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
+    o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in stage.pre]
+    for k, g in enumerate(stage.pre):
+        o.append(f"{indent}store(g + {k * wb}, _g_{g}); store_n(d + {k} * h4, _g_{g}, n)")
+    o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
+    for k, n in enumerate(cell.params):
+        o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
+    o.append("            else:")  # the states' gradients pass on; the gates get none
+    o += [f"{indent}store(ds + {k} * dslot, _d_{name})" for k, name in enumerate(cell.state)]
+    o += [f"{indent}store(g + {k * wb}, K(0.0)); store_n(d + {k} * h4, K(0.0), n)" for k in range(lay.pre)]
+    o.append("        s += s_step")
+    return "\n".join(o) + "\n"
+
+
+def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any, text: str) -> tuple[Any, Any]:
+    """The passes over time that a cell's tiles stand in."""
+    parts = loops(lay, forward_tile, text)
+    pack, input_product, forward_step = parts.pack, parts.input_product, parts.forward_step
+    pack_back, dx_step, closing, unpack = parts.pack_back, parts.dx_step, parts.closing, parts.unpack
+    NP, GH = lay.pre, lay.h_gates
+    ROW, VB, COLUMNS = NP * lay.width * 4, VECTOR_BYTES, TILE_COLUMNS
+    NH = NP - GH  # pre-activations that the recurrence does not feed
+
+    def forward(p, shard, shards):
+        T, B, blocks, flags = get(p, P.T), get(p, P.B), get(p, P.BLOCKS), get(p, P.FLAGS)
+        scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
+        pack(p, shard, shards)
+        barrier(flags, shard, shards, 1)
+        b0, b1 = share(B, shard, shards)
+        u0, u1 = 0, blocks
+        units_split = get(p, P.UNITS_SPLIT)
+        if units_split != 0:
+            b0, b1 = 0, B
+            u0, u1 = share(blocks, shard, shards)
+        if get(p, P.APART) != 0:
+            input_product(p, u0, u1)
+        for t in range(T):
+            forward_step(p, t, b0, b1, u0, u1, scratch)
+            if units_split != 0:
+                barrier(flags, shard, shards, t + 2)
+
+    def backward(p, shard, shards):
+        T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
+        hp4, flags, rt, dx, d = HP * 4, get(p, P.FLAGS), get(p, P.RT), get(p, P.DX), get(p, P.D)
+        plain, zeros, ds, d_row = get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.DSTATE), NP * H * 4
+        s, mask = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB)), get(p, P.MASK)
+        pack_back(p, shard, shards)
+        barrier(flags, shard, shards, 1)
+        # the steps, last to first; at t = -1 only what leaves the first step is left to do
+        b0, b1 = share(B, shard, shards)
+        v0, v1 = 0, HP // LANES
+        x0, x1 = 0, (I + LANES - 1) // LANES
+        units_split = get(p, P.UNITS_SPLIT)
+        if units_split != 0:
+            b0, b1 = 0, B
+            v0, v1 = share((v1 + COLUMNS - 1) // COLUMNS, shard, shards)
+            x0, x1 = share((x1 + COLUMNS - 1) // COLUMNS, shard, shards)
+            v0, v1 = v0 * COLUMNS, min(v1 * COLUMNS, HP // LANES)
+            x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
+        real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
+        for t in range(T - 1, -2, -1):
+            after = d + ((t + 1) & 1) * B * d_row
+            for v in range(v0, v1, COLUMNS):
+                n = min(COLUMNS, v1 - v)
+                width = min(COLUMNS, real - v)
+                b = b0
+                while b < b1:
+                    m = tile_rows(b1 - b)
+                    if t == T - 1 or width < n:
+                        zero_bytes(s, m * n * VB)
+                    if t < T - 1 and width > 0:
+                        tile1(
+                            load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
+                            after + b * d_row + NH * H * 4, d_row, 4, GH * H,
+                            rt + v * VB * (GH * H), width * VB, zeros, 0, s, n * VB,
+                        )  # fmt: skip
+                    if t >= 0:
+                        backward_tile(p, s, n * VB, m, t, b, v, n)
+                    else:
+                        for k in range(m):
+                            for q in range(n):
+                                a, through = ds + (b + k) * hp4 + (v + q) * VB, load(s + (k * n + q) * VB)
+                                if mask != 0:
+                                    row = mask + (b + k) * get(p, P.MASK_B)
+                                    through = through * load_n(row + (v + q) * VB, H - (v + q) * LANES)
+                                store(a, load(a) + through)
+                    b += m
+            if dx != 0 and t < T - 1:
+                dx_step(p, t + 1, after, b0, b1, x0, x1, s)
+            if units_split != 0:
+                barrier(flags, shard, shards, 2 + T - 1 - t)
+        barrier(flags, shard, shards, T + 4)
+        closing(p, shard, shards)
+        barrier(flags, shard, shards, T + 5)
+        unpack(p, shard, shards)
+
+    return forward, backward
+
+
+@cache
+def _functions(cell: Cell) -> tuple[str, Any, Any]:
+    """Tile source and the two driver functions, not yet compiled."""
+    source = tile_source(cell)
+    return source, *_drivers(Layout.of(cell.stages[0]), *tile_functions(cell.name, source), source)
+
+
+@cache
+def forward_kernel(cell: Cell) -> Any:
+    source, function, _ = _functions(cell)
+    return compile_kernel(function, f"{cell.name}_forward", source, SIGNATURE)
+
+
+@cache
+def backward_kernel(cell: Cell) -> Any:
+    source, _, function = _functions(cell)
+    return compile_kernel(function, f"{cell.name}_backward", source, SIGNATURE)
+
+
+@cache
+def _tables(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Addresses of the cell's fused tiles, and the weights' columns of its two kinds of gates."""
+    (stage,) = cell.stages
+    return tile_addresses(stage), *columns(cell, stage)
+
+
+def prepare(
+    cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
+    training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
+    shards: int, units: bool, apart: bool, at_once: int,
+) -> Prepared:  # fmt: skip
+    """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
+    T, B, I, H, _ = shape
+    lay = Layout.of(cell.stages[0])
+    W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
+    HP, slots = blocks * W, T + 1 if training else 1
+    fused, x_column, h_column = _tables(cell)
+    inputs = [x, kernel, recurrent_kernel]
+    plan = [0] * len(P)
+    zeroed = {
+        P.FLAGS: shards * threads.FLAG_BYTES // 4,
+        P.BP: blocks * lay.pre * W,
+        P.ZEROS: TILE_COLUMNS * LANES,
+        P.PARAMS: len(params) * HP,
+    }
+    rest = {
+        P.SCRATCH: shards * TILE_ROWS * max(lay.pre * W, TILE_COLUMNS * LANES),
+        P.WP: blocks * I * lay.x_gates * W,
+        P.RP: blocks * H * lay.h_gates * W,
+        P.STATES: (S - 1) * slots * B * HP,
+    }
+    if training or apart:
+        rest[P.GATES] = blocks * T * B * lay.pre * W
+    if training:
+        rest[P.EXTRA] = blocks * T * B * lay.extra * W
+    slab, at = carve(plan, zeroed, rest)
+    hs = aligned((T + 1, B, HP))
+    cs = slab[at[P.STATES] : at[P.STATES] + rest[P.STATES]].reshape(S - 1, slots, B, HP)
+    for k in range(S):
+        first = hs[0] if k == 0 else cs[k - 1, 0]
+        first[:, H:] = 0
+        first[:, :H] = 0 if state is None else state[k]
+    for k, param in enumerate(params):
+        start = at[P.PARAMS] + k * HP
+        slab[start : start + H] = param
+    fed = hs
+    if recurrent_mask is not None:
+        mask = by_step(recurrent_mask, (T, B, H))
+        inputs.append(mask)
+        plan[P.MASK], plan[P.MASK_T], plan[P.MASK_B] = mask.ctypes.data, *mask.strides[:2]
+        fed = aligned((T, B, HP))
+        fed[0, :, :H] = hs[0, :, :H] * mask[0]
+        inputs.append(fed)
+    if aux:
+        steps = [by_step(a, (T, B, H)) for a in aux]
+        table = np.array([(a.ctypes.data, *a.strides[:2]) for a in steps], np.int64)
+        inputs += [*steps, table]
+        plan[P.AUX] = table.ctypes.data
+    plan[: P.APART + 1] = T, B, I, H, H, HP, blocks, units, apart
+    plan[P.FED_T], plan[P.FED_B] = B * HP * 4, HP * 4
+    plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
+    plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = (
+        training,
+        slots * B * HP * 4,
+        B * HP * 4 * training,
+    )
+    if bias is not None:
+        inputs.append(bias)
+        plan[P.BIAS] = bias.ctypes.data
+    if valid is not None:
+        inputs.append(valid)
+        plan[P.VALID] = valid.ctypes.data
+    for place, array in (
+        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed), (P.FUSED, fused),
+        (P.PLAIN, plain_families()), (P.X_COLUMN, x_column), (P.H_COLUMN, h_column),
+    ):  # fmt: skip
+        plan[place] = array.ctypes.data
+
+    def finish() -> Forward:
+        final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
+        if not training:
+            return Forward(hs[1:, :, :H], final, None, None)
+        residual = Residual(
+            cell=cell, shape=(T, B, H, H), plan=plan, inputs=inputs, slab=slab, hs=hs, flags=at[P.FLAGS],
+            has_bias=bias is not None, shards=shards, at_once=at_once, inner=(I, HP, blocks),
+        )  # fmt: skip
+        return Forward(hs[1:, :, :H], final, tuple(cs[k, 1:, :, :H] for k in range(S - 1)), residual)
+
+    return Prepared(forward_kernel(cell), np.array(plan, np.int64), shards, finish)
+
+
+def prepare_back(
+    residual: Residual,
+    dh: np.ndarray | None,
+    dfinal: tuple[Any, ...],
+    need_dx: bool,
+    dstates: tuple[Any, ...] | None,
+) -> Prepared:
+    """The backward pass of what `prepare` prepared."""
+    cell, plan, (T, B, H, _), (I, HP, blocks) = residual.cell, residual.plan, residual.shape, residual.inner
+    lay, S, G, NP = Layout.of(cell.stages[0]), len(cell.state), len(cell.gates), len(cell.params)
+    zeroed = {
+        P.DSTATE: S * B * HP,
+        P.DBP: blocks * lay.pre * lay.width,
+        P.DWP: blocks * I * lay.x_gates * lay.width,
+        P.DRP: blocks * H * lay.h_gates * lay.width,
+        P.DPARAMS: NP * B * HP,
+    }
+    rest = {P.D: 2 * B * lay.pre * H, P.RT: lay.h_gates * H * -(-H // LANES) * LANES}
+    if need_dx:
+        rest[P.WT] = lay.x_gates * H * -(-I // LANES) * LANES
+    slab, at = carve(plan, zeroed, rest)
+    piece = lambda place, *shape: slab[at[place] : at[place] + zeroed[place]].reshape(shape)
+    ds = piece(P.DSTATE, S, B, HP)
+    for k, d in enumerate(dfinal):
+        if d is not None:
+            ds[k, :, :H] = d
+    dkernel, drecurrent = aligned((I, G * H)), aligned((H, len(cell.recurrent) * H))
+    plan[P.DKERNEL], plan[P.DRECURRENT] = dkernel.ctypes.data, drecurrent.ctypes.data
+    dx = None
+    if need_dx:
+        dx = aligned((T, B, I))
+        plan[P.DX] = dx.ctypes.data
+    if dh is not None:
+        plan[P.DY], plan[P.DY_T], plan[P.DY_B] = dh.ctypes.data, *dh.strides[:2]
+    later = state_gradients(dstates, S - 1)
+    plan[P.DSTATES] = later[0].ctypes.data
+    flags = residual.flags
+    residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
+    kept = [dh, *later]  # what the plan points into
+
+    def finish() -> Gradients:
+        kept.clear()
+        dbias = None
+        if residual.has_bias:
+            rows = piece(P.DBP, blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, HP)
+            dbias = np.empty((G, H), np.float32)
+            dbias[_tables(cell)[1]] = rows[: lay.x_gates, :H]
+            dbias = dbias.reshape(-1)
+        dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
+        del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step
+        return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))
+
+    return Prepared(backward_kernel(cell), np.array(plan, np.int64), residual.shards, finish)
