@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,8 +174,9 @@ def field(place: P) -> str:
     return f"load_int(p + {8 * place})"
 
 
+@cache
 def tile_addresses(stage: Stage) -> np.ndarray:
-    """Addresses of the stage's fused tiles, a row for each group of columns; none where it has no product."""
+    """Addresses of the stage's fused tiles, a row for each group of columns; none without a product. Plans point here."""
     families = [fused_family(columns, windows) for _, columns, windows in Layout.of(stage).groups()]
     return np.ascontiguousarray(families, np.int64)
 

@@ -16,15 +16,17 @@ A row has as many floats as its units need in blocks of the widest kind, so that
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from ..derive import NORM_EPSILON, Cell, Norm, Stage
+from ..derive import NORM_EPSILON, Cell, Stage
 from ..sequence import Forward, Gradients
 from . import threads
+from .blueprint import Blueprint, Relative, Word
 from .cache import compile_kernel, unique_name
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import (
@@ -36,7 +38,6 @@ from .layout import (
     columns,
     field,
     loops,
-    state_gradients,
     tile_addresses,
     tile_rows,
 )
@@ -59,7 +60,7 @@ from .simd import (
 )
 from .threads import barrier
 from .tiles import aux_rows, inline, tile_functions
-from .workspace import aligned, carve
+from .workspace import aligned
 
 __all__ = ["prepare", "prepare_back"]
 
@@ -488,11 +489,6 @@ def backward_kernel(cell: Cell) -> Any:
     return compile_kernel(function, f"{cell.name}_backward", text, SIGNATURE)
 
 
-@cache
-def _tables(stage: Stage) -> np.ndarray:
-    return tile_addresses(stage)
-
-
 # Laying out memory
 
 
@@ -501,72 +497,229 @@ def row_units(units: int) -> int:
     return -(-units // ROW_UNITS) * ROW_UNITS
 
 
-class _Memory:
-    """Vectors by name, with their strides: where each is written and read, and where its gradient is."""
+class Shape(NamedTuple):
+    """What a sequence's memory depends on, its cell aside."""
 
-    def __init__(self, cell: Cell, T: int, B: int, H: int, Q: int, training: bool) -> None:
-        self.cell, self.T, self.B, self.training = cell, T, B, training
-        self.units = {s: H for s in cell.state} | {v: H for v in cell.vectors} | {cell.state[0]: Q}
-        self.values: dict[str, np.ndarray] = {}
-        for name, units in self.units.items():
-            if name not in cell.state:
-                slots = T if training else 1
-            else:
-                slots = T + 1 if training or name == cell.state[0] else 2
-            self.values[name] = aligned((slots, B, row_units(units)))
-        self.fed: dict[str, np.ndarray] = {}  # what goes times the recurrent mask into a product
-        self.gradients: dict[str, np.ndarray] = {}
-        self.norms: list[tuple[Norm, np.ndarray, np.ndarray]] = []  # with its table and the rows' factors
+    T: int
+    B: int
+    I: int
+    H: int
+    Q: int  # units of the output
+    training: bool
+    masked: bool  # there is a recurrent mask
+    shards: int
+    units: bool  # the threads share the units, else the batch
+    apart: bool
+
+
+class _Vectors:
+    """Where each vector and its gradient lies, as words of tables."""
+
+    def __init__(self, cell: Cell, shape: Shape) -> None:
+        self.cell, self.shape = cell, shape
+        self.units = (
+            {s: shape.H for s in cell.state} | {v: shape.H for v in cell.vectors} | {cell.state[0]: shape.Q}
+        )
 
     def base(self, vector: str) -> tuple[str, int]:
-        """A vector's array, and 1 where it is a new state: one step on."""
-        if vector[-1] == "1" and vector[:-1] in self.cell.state:
-            return vector[:-1], 1
-        return vector, 0
+        """The vector's memory, and 1 where it is a new state: one step on."""
+        state = _state(self.cell, vector)
+        return (vector, 0) if state is None else (state, 1)
 
-    def value(self, vector: str) -> tuple[int, int, int, int, int]:
+    def slots(self, name: str) -> int:
+        T, training = self.shape.T, self.shape.training
+        if name in self.cell.state:
+            return T + 1 if training or name == self.cell.state[0] else 2
+        return T if training else 1
+
+    def floats(self, name: str) -> int:
+        """Of one slot."""
+        return self.shape.B * row_units(self.units[name])
+
+    def value(self, vector: str) -> list[Word]:
         """The first five fields of a vector's place in a table."""
         name, later = self.base(vector)
-        a = self.values[name]
-        slots = len(a)
-        step = a.strides[0] if slots > 1 else 0
-        kept = (
-            1
-            if slots == 2 and name in self.cell.state and not (self.training or name == self.cell.state[0])
-            else -1
-        )
-        return a.ctypes.data, step, a.strides[1], later, kept
+        of_state = name in self.cell.state
+        by_parity = of_state and not self.shape.training and name != self.cell.state[0]
+        step = 4 * self.floats(name) if of_state or self.shape.training else 0
+        return [
+            Relative(f"value {name}"),
+            step,
+            4 * row_units(self.units[name]),
+            later,
+            1 if by_parity else -1,
+        ]
 
-    def gradient(self, vector: str) -> tuple[int, int, int, int]:
+    def fed(self, vector: str) -> list[Word]:
+        """Where what a recurrent product reads lies, times the mask if there is one: address, by step, by row."""
+        if f"fed {vector}" in self.pieces_fed():
+            return [Relative(f"fed {vector}"), 4 * self.floats(vector), 4 * row_units(self.units[vector])]
+        return self.value(vector)[:3]
+
+    def pieces_fed(self) -> dict[str, int]:
+        if not self.shape.masked:
+            return {}
+        return {f"fed {v}": self.shape.T * self.floats(v) for v in _sources(self.cell)}
+
+    def gradient(self, vector: str) -> list[Word]:
         """A vector's gradient in a table."""
         name, later = self.base(vector)
-        a = self.gradients[name]
-        return a.ctypes.data, a.strides[0] if len(a) > 1 else 0, a.strides[1], later
-
-    def normalized(self, norm: Norm) -> np.ndarray:
-        """The table of a normalisation; the places of gradients in it are written by `make_gradients`."""
-        pairs = zip(norm.inputs, norm.outputs, strict=True)
-        rows = [(*self.value(a), *self.value(z), *(0,) * 2 * GRADIENT_FIELDS) for a, z in pairs]
-        factors = aligned((self.T, self.B))
-        units = self.units[self.base(norm.inputs[0])[0]]
-        table = np.array([len(rows), units, factors.ctypes.data, *sum(rows, ())], np.int64)
-        self.norms.append((norm, table, factors))
-        return table
-
-    def make_gradients(self) -> None:
-        for name, units in self.units.items():
-            slots = 2 if name in self.cell.state else 1
-            self.gradients[name] = aligned((slots, self.B, row_units(units)), zero=True)
-        for norm, table, _ in self.norms:
-            entries = table[NORM_HEAD:].reshape(-1, NORM_FIELDS)
-            for entry, a, z in zip(entries, norm.inputs, norm.outputs, strict=True):
-                entry[10:] = *self.gradient(a), *self.gradient(z)
+        by_parity = 4 * self.floats(name) if name in self.cell.state else 0
+        return [Relative(f"gradient {name}"), by_parity, 4 * row_units(self.units[name]), later]
 
 
-def _place(plan: np.ndarray, values: dict[Any, Any]) -> None:
-    """Write into a stage's plan: numbers as they are, arrays as their addresses."""
-    for place_of, value in values.items():
-        plan[place_of] = value.ctypes.data if isinstance(value, np.ndarray) else value
+class _Tables:
+    """Words of plans and tables, and where in the one array of all of them each table begins."""
+
+    def __init__(self, stages: int) -> None:
+        self.words: list[Word] = [0] * (stages * len(P))
+        self.at: dict[str, int] = {}
+
+    def add(self, name: str, words: Sequence[Word]) -> Relative:
+        """Append a table; its address."""
+        self.at[name] = len(self.words)
+        self.words += words
+        return Relative("table", 8 * self.at[name])
+
+    def plan(self, stage: int, values: Mapping[P, Word]) -> None:
+        for place_of, value in values.items():
+            self.words[stage * len(P) + place_of] = value
+
+
+@lru_cache(maxsize=128)
+def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, int]]:
+    """The forward pass's memory, and where its tables begin."""
+    T, B, I, H, Q = shape[:5]
+    vectors, tables = _Vectors(cell, shape), _Tables(len(cell.stages))
+    zeroed = {
+        "flags": shape.shards * threads.FLAG_BYTES // 4, "zeros": TILE_COLUMNS * LANES,
+        "params": len(cell.params) * row_units(H),
+    }  # fmt: skip
+    rest = {"scratch": shape.shards * _scratch_floats(cell), **vectors.pieces_fed()}
+    rest |= {f"value {v}": vectors.slots(v) * vectors.floats(v) for v in vectors.units if v != cell.state[0]}
+    aux = [
+        w
+        for k in range(len(cell.aux))
+        for w in (Relative(f"aux {k}"), Relative(f"aux {k} t"), Relative(f"aux {k} b"))
+    ]
+    common: dict[P, Word] = {
+        P.T: T, P.B: B, P.UNITS_SPLIT: int(shape.units), P.TRAINING: int(shape.training), P.PARAMS: Relative("params"),
+        P.PARAM_B: 4 * row_units(H), P.PLAIN: plain_families().ctypes.data, P.VALID: Relative("valid"),
+        P.AUX: tables.add("aux", aux), P.FLAGS: Relative("flags"), P.SCRATCH: Relative("scratch"),
+        P.ZEROS: Relative("zeros"), P.X: Relative("x"), P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
+        P.MASK: Relative("mask"), P.MASK_T: Relative("mask t"), P.MASK_B: Relative("mask b"),
+    }  # fmt: skip
+    for k, stage in enumerate(cell.stages):
+        lay = Layout.of(stage)
+        made, features, depth = (
+            (Q if stage.projects else H),
+            (I if stage.x_gates else 0),
+            vectors.units[stage.source],
+        )
+        blocks, apart = -(-made // lay.width), shape.apart and bool(stage.x_gates)
+        zeroed[f"bp {k}"] = blocks * lay.pre * lay.width
+        rest[f"wp {k}"] = blocks * features * lay.x_gates * lay.width
+        rest[f"rp {k}"] = blocks * depth * lay.h_gates * lay.width
+        rest[f"gates {k}"] = blocks * T * B * lay.pre * lay.width if shape.training or apart else 0
+        rest[f"extra {k}"] = blocks * T * B * lay.extra * lay.width if shape.training else 0
+        norms: list[Word] = []
+        for n, norm in enumerate(stage.norms):
+            rest[f"factors {k} {n}"] = T * B
+            head = [
+                len(norm.inputs),
+                vectors.units[vectors.base(norm.inputs[0])[0]],
+                Relative(f"factors {k} {n}"),
+            ]
+            words: list[Word] = list(head)
+            for a, z in zip(norm.inputs, norm.outputs, strict=True):
+                words += [
+                    *vectors.value(a),
+                    *vectors.value(z),
+                    *[0] * 2 * GRADIENT_FIELDS,
+                ]  # the backward pass's
+            norms.append(tables.add(f"norm {k} {n}", words))
+        table = [w for v in stage.given for w in (*vectors.value(v), 0, 0, 0)]
+        for v in stage.made:
+            source = _state(cell, v) or v
+            fed = vectors.fed(source) if f"fed {source}" in vectors.pieces_fed() else [0, 0, 0]
+            table += [*vectors.value(v), *fed]
+        for j in _old(cell, stage):
+            table += [*vectors.value(stage.made[j][:-1]), 0, 0, 0]
+        fed = vectors.value(stage.source)[:3] if stage.projects else vectors.fed(stage.source)
+        x_column, h_column = columns(cell, stage)
+        tables.plan(k, common | {
+            P.I: features, P.H: made, P.K: depth, P.HP: blocks * lay.width, P.BLOCKS: blocks, P.APART: int(apart),
+            P.BP: Relative(f"bp {k}"), P.WP: Relative(f"wp {k}"), P.RP: Relative(f"rp {k}"),
+            P.GATES: Relative(f"gates {k}"), P.EXTRA: Relative(f"extra {k}"),
+            P.RECURRENT: Relative("projection" if stage.projects else "recurrent"),
+            P.H_ROW: Q if stage.projects else len(cell.recurrent) * H,
+            P.X_COLUMN: tables.add(f"x column {k}", x_column.tolist()),
+            P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
+            P.FUSED: tile_addresses(stage).ctypes.data, P.VECTORS: tables.add(f"vectors {k}", table),
+            P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],
+            P.BIAS: Relative("bias") if stage.x_gates else 0,
+            P.D_MASK: 0 if stage.projects else Relative("mask"),  # nothing is dropped on the way into a projection
+        })  # fmt: skip
+        if shape.training:
+            among = len(stage.given) + len(stage.made) + len(_old(cell, stage))
+            tables.add(f"gradients {k}", [0] * among * GRADIENT_FIELDS)
+            tables.add(f"upstream {k}", [0] * 3 * len(stage.made))
+    return Blueprint(zeroed, rest, tables.words), tables.at
+
+
+@lru_cache(maxsize=128)
+def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
+    """The backward pass's memory, and what it adds to the tables of the forward pass."""
+    B, H = shape.B, shape.H
+    vectors, at = _Vectors(cell, shape), _forward_blueprint(cell, shape)[1]
+    zeroed = {f"gradient {v}": (2 if v in cell.state else 1) * vectors.floats(v) for v in vectors.units}
+    zeroed["dparams"] = len(cell.params) * B * row_units(H)
+    rest: dict[str, int] = {}
+    added: dict[int, Word] = {}
+
+    def table(name: str, words: Sequence[Word], offset: int = 0) -> Relative:
+        added.update(enumerate(words, at[name] + offset))
+        return Relative("table", 8 * at[name])
+
+    begun = False
+    for k, stage in reversed(list(enumerate(cell.stages))):
+        lay = Layout.of(stage)
+        made, features = (shape.Q if stage.projects else H), (shape.I if stage.x_gates else 0)
+        depth, blocks = vectors.units[stage.source], -(-made // lay.width)
+        zeroed[f"dbp {k}"] = blocks * lay.pre * lay.width
+        zeroed[f"dwp {k}"] = blocks * features * lay.x_gates * lay.width
+        zeroed[f"drp {k}"] = blocks * depth * lay.h_gates * lay.width
+        rest[f"d {k}"] = B * lay.pre * made
+        rest[f"rt {k}"] = lay.h_gates * made * -(-depth // LANES) * LANES
+        rest[f"wt {k}"] = lay.x_gates * made * -(-features // LANES) * LANES if need_dx else 0
+        among = [*stage.given, *stage.made, *(stage.made[j][:-1] for j in _old(cell, stage))]
+        upstream: list[Word] = []
+        for v in stage.made:
+            name, of_state = vectors.base(v)
+            s = cell.state.index(name) if of_state else None
+            upstream += (
+                [0, 0, 0]
+                if s is None
+                else [Relative(f"up {s}"), Relative(f"up {s} t"), Relative(f"up {s} b")]
+            )
+        source, parity, row, _ = vectors.gradient(stage.source)
+        has_dx = need_dx and bool(stage.x_gates)
+        plan: dict[P, Word] = {
+            P.GRADIENTS: table(f"gradients {k}", [w for v in among for w in vectors.gradient(v)]),
+            P.UPSTREAM: table(f"upstream {k}", upstream), P.DPARAMS: Relative("dparams"), P.DBP: Relative(f"dbp {k}"),
+            P.DWP: Relative(f"dwp {k}"), P.DRP: Relative(f"drp {k}"), P.D: Relative(f"d {k}"), P.RT: Relative(f"rt {k}"),
+            P.WT: Relative(f"wt {k}"), P.DKERNEL: Relative("dkernel"),
+            P.DRECURRENT: Relative("dprojection" if stage.projects else "drecurrent"),
+            P.D_SOURCE: source, P.D_SOURCE_T: parity, P.D_SOURCE_B: row,
+            P.DX: Relative("dx") if has_dx else 0, P.DX_ADD: int(begun),
+        }  # fmt: skip
+        begun = begun or has_dx
+        added.update({k * len(P) + place_of: word for place_of, word in plan.items()})
+        for n, norm in enumerate(stage.norms):
+            for j, (a, z) in enumerate(zip(norm.inputs, norm.outputs, strict=True)):
+                words = [*vectors.gradient(a), *vectors.gradient(z)]
+                table(f"norm {k} {n}", words, NORM_HEAD + j * NORM_FIELDS + 10)
+    return Blueprint(zeroed, rest, list(added.values()), list(added))
 
 
 def prepare(
@@ -576,104 +729,50 @@ def prepare(
     shards: int, units: bool, apart: bool, at_once: int,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
-    T, B, I, H, Q = shape
-    memory = _Memory(cell, T, B, H, Q, training)
-    for k, s in enumerate(cell.state):
-        first, n = memory.values[s][0], memory.units[s]
-        first[:, n:] = 0
-        first[:, :n] = 0 if state is None else state[k]
-    param_rows = aligned((len(params), row_units(H)), zero=True)
-    for row, param in zip(param_rows, params, strict=True):
-        row[:H] = param
-    kept: list[Any] = [x, kernel, recurrent_kernel, bias, projection, valid, param_rows]
-    common = {
-        P.T: T, P.B: B, P.UNITS_SPLIT: int(units), P.TRAINING: int(training), P.PARAMS: param_rows,
-        P.PARAM_B: 4 * row_units(H), P.PLAIN: plain_families(),
+    T, B, _, H, Q = shape
+    known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart)
+    blueprint, _ = _forward_blueprint(cell, known)
+    slab, table, output = blueprint.slab(), np.empty(len(blueprint.words), np.int64), cell.state[0]
+    hs = aligned((T + 1, B, row_units(Q)))
+    values: dict[str, Any] = {
+        "table": table, f"value {output}": hs, "x": x, "kernel": kernel, "recurrent": recurrent_kernel,
+        "projection": projection, "bias": 0 if bias is None else bias, "valid": 0 if valid is None else valid,
+        "mask": 0, "mask t": 0, "mask b": 0,
     }  # fmt: skip
-    if valid is not None:
-        common[P.VALID] = valid
-    if aux:
-        widths = {a: Q if any(s.projects and a in s.aux for s in cell.stages) else H for a in cell.aux}
-        steps = [by_step(a, (T, B, widths[name])) for name, a in zip(cell.aux, aux, strict=True)]
-        common[P.AUX] = np.array([(a.ctypes.data, *a.strides[:2]) for a in steps], np.int64)
-        kept += steps
+    for k, (name, a) in enumerate(zip(cell.aux, aux, strict=True)):
+        steps = by_step(a, (T, B, Q if any(s.projects and name in s.aux for s in cell.stages) else H))
+        values |= {f"aux {k}": steps, f"aux {k} t": steps.strides[0], f"aux {k} b": steps.strides[1]}
     if recurrent_mask is not None:
         mask = by_step(recurrent_mask, (T, B, Q))
-        kept.append(mask)
-        common |= {P.MASK: mask, P.MASK_T: mask.strides[0], P.MASK_B: mask.strides[1]}
-        for name in _sources(cell):
-            memory.fed[name] = aligned((T, B, row_units(Q)))
-            if name in cell.state:
-                memory.fed[name][0, :, :Q] = memory.values[name][0, :, :Q] * mask[0]
-    plans, slabs = np.zeros((len(cell.stages), len(P)), np.int64), []
-    flags = aligned((shards * threads.FLAG_BYTES // 4,), zero=True)
-    scratch = aligned((shards, _scratch_floats(cell)))
-    zeros = aligned((TILE_COLUMNS * LANES,), zero=True)
-    for plan, stage in zip(plans, cell.stages, strict=True):
-        lay = Layout.of(stage)
-        made, features = (Q if stage.projects else H), (I if stage.x_gates else 0)
-        blocks, depth = -(-made // lay.width), memory.units[stage.source]
-        sizes = {
-            P.BP: blocks * lay.pre * lay.width,
-            P.WP: blocks * features * lay.x_gates * lay.width,
-            P.RP: blocks * depth * lay.h_gates * lay.width if lay.h_gates else 0,
-        }
-        here_apart = apart and bool(stage.x_gates)
-        if training or here_apart:
-            sizes[P.GATES] = blocks * T * B * lay.pre * lay.width
-        if training:
-            sizes[P.EXTRA] = blocks * T * B * lay.extra * lay.width
-        pieces = [0] * len(P)
-        slab, _ = carve(pieces, {P.BP: sizes.pop(P.BP)}, sizes)
-        slabs.append(slab)
-        plan[:] = pieces
-        fed = memory.fed.get(stage.source) if not stage.projects else None
-        fed_at, fed_step, fed_row, _, _ = memory.value(stage.source)
-        if fed is not None:
-            fed_at, fed_step, fed_row = fed.ctypes.data, *fed.strides[:2]
-        x_column, h_column = columns(cell, stage)
-        vectors, norms = _vector_table(cell, stage, memory), [memory.normalized(norm) for norm in stage.norms]
-        norm_addresses = np.array([t.ctypes.data for t in norms], np.int64)
-        kept += [vectors, x_column, h_column, norm_addresses]
-        _place(plan, common | {
-            P.I: features, P.H: made, P.K: depth, P.HP: blocks * lay.width, P.BLOCKS: blocks, P.APART: int(here_apart),
-            P.FLAGS: flags, P.SCRATCH: scratch, P.ZEROS: zeros, P.X: x, P.KERNEL: kernel,
-            P.RECURRENT: projection if stage.projects else recurrent_kernel,
-            P.X_ROW: kernel.shape[1], P.H_ROW: Q if stage.projects else recurrent_kernel.shape[1],
-            P.X_COLUMN: x_column, P.H_COLUMN: h_column, P.FUSED: _tables(stage), P.VECTORS: vectors, P.NORMS: norm_addresses,
-            P.FED: fed_at, P.FED_T: fed_step, P.FED_B: fed_row,
-        })  # fmt: skip
-        if bias is not None and stage.x_gates:
-            plan[P.BIAS] = bias.ctypes.data
-        if not stage.projects:  # nothing is dropped on the way into a projection
-            plan[P.D_MASK] = plan[P.MASK]
-    kept += [*common.values(), flags, scratch, zeros, slabs, memory]
+        values |= {"mask": mask, "mask t": mask.strides[0], "mask b": mask.strides[1]}
+    blueprint.write(table, slab, values)
+    sequences = [hs]
+    for name in cell.state[1:]:
+        sequences.append(blueprint.piece(slab, f"value {name}", -1, B, row_units(H)))
+    for k, (name, sequence) in enumerate(zip(cell.state, sequences, strict=True)):
+        n = H if k else Q
+        sequence[0, :, n:] = 0
+        sequence[0, :, :n] = 0 if state is None else state[k]
+        if recurrent_mask is not None and name in _sources(cell):
+            blueprint.piece(slab, f"fed {name}", T, B, row_units(n))[0, :, :n] = sequence[0, :, :n] * mask[0]
+    if params:
+        rows = blueprint.piece(slab, "params", len(params), row_units(H))
+        for row, param in zip(rows, params, strict=True):
+            row[:H] = param
 
     def finish() -> Forward:
-        values = [memory.values[s] for s in cell.state]
-        last = [a[T] if len(a) == T + 1 else a[T & 1] for a in values]
-        final = tuple(a[:, : memory.units[s]].copy() for a, s in zip(last, cell.state, strict=True))
-        h = values[0][1:, :, :Q]
+        last = [s[T] if len(s) == T + 1 else s[T & 1] for s in sequences]
+        final = tuple(s[:, : H if k else Q].copy() for k, s in enumerate(last))
         if not training:
-            kept.clear()
-            return Forward(h, final, None, None)
+            values.clear()  # it kept the inputs in memory
+            return Forward(hs[1:, :, :Q], final, None, None)
         residual = Residual(
-            cell=cell, shape=(T, B, H, Q), features=I, plans=plans, kept=kept, memory=memory, flags=flags,
-            has_bias=bias is not None, shards=shards, at_once=at_once,
+            cell=cell, shape=(T, B, H, Q), known=known, table=table, slab=slab, inputs=values, has_bias=bias is not None,
+            shards=shards, at_once=at_once,
         )  # fmt: skip
-        return Forward(h, final, tuple(a[1:, :, :H] for a in values[1:]), residual)
+        return Forward(hs[1:, :, :Q], final, tuple(s[1:, :, :H] for s in sequences[1:]), residual)
 
-    return Prepared(forward_kernel(cell), plans, shards, finish)
-
-
-def _vector_table(cell: Cell, stage: Stage, memory: _Memory) -> np.ndarray:
-    """The stage's given vectors, those it makes, and the old states of the new ones among these."""
-    rows = [(*memory.value(v), 0, 0, 0) for v in stage.given]
-    for v in stage.made:
-        fed = memory.fed.get(_state(cell, v) or v)
-        rows.append((*memory.value(v), *((0, 0, 0) if fed is None else (fed.ctypes.data, *fed.strides[:2]))))
-    rows += [(*memory.value(stage.made[j][:-1]), 0, 0, 0) for j in _old(cell, stage)]
-    return np.array(rows, np.int64).reshape(-1, VECTOR_FIELDS)
+    return Prepared(forward_kernel(cell), table, shards, finish)
 
 
 def prepare_back(
@@ -684,72 +783,59 @@ def prepare_back(
     dstates: tuple[Any, ...] | None,
 ) -> Prepared:
     """The backward pass of what `prepare` prepared."""
-    cell, plans, memory, (T, B, H, Q) = residual.cell, residual.plans, residual.memory, residual.shape
-    I, G, R = residual.features, len(cell.gates), len(cell.recurrent)
-    memory.make_gradients()
-    for s, d in zip(cell.state, dfinal, strict=True):
+    cell, (T, B, H, Q), table = residual.cell, residual.shape, residual.table
+    G, R, I = len(cell.gates), len(cell.recurrent), residual.known.I
+    blueprint = _backward_blueprint(cell, residual.known, need_dx)
+    slab = blueprint.slab()
+    values: dict[str, Any] = {
+        "table": table,
+        "dkernel": aligned((I, G * H)),
+        "drecurrent": aligned((Q, R * H)),
+    }
+    values["dprojection"] = aligned((H, Q)) if cell.projects else None
+    values["dx"] = aligned((T, B, I)) if need_dx else None
+    for k, d in enumerate((dh, *(dstates or (None,) * (len(cell.state) - 1)))):
+        if d is None:
+            values |= {f"up {k}": 0, f"up {k} t": 0, f"up {k} b": 0}
+        else:
+            d = d if k == 0 else np.ascontiguousarray(d, np.float32)
+            values |= {f"up {k}": d, f"up {k} t": d.strides[0], f"up {k} b": d.strides[1]}
+    blueprint.write(table, slab, values)
+    gradients = [
+        blueprint.piece(slab, f"gradient {s}", 2, B, row_units(H if k else Q))
+        for k, s in enumerate(cell.state)
+    ]
+    for k, d in enumerate(dfinal):
         if d is not None:
-            memory.gradients[s][T & 1, :, : memory.units[s]] = d
-    dkernel, drecurrent = aligned((I, G * H), zero=True), aligned((Q, R * H), zero=True)
-    dprojection = aligned((H, Q)) if cell.projects else None
-    dx = aligned((T, B, I)) if need_dx else None
-    dparams = aligned((len(cell.params), B, row_units(H)), zero=True)
-    upstream = state_gradients((dh, *(dstates or (None,) * (len(cell.state) - 1))), len(cell.state))
-    kept: list[Any] = [dparams, *upstream]
-    slabs, biases, begun = [], [], False
-    for plan, stage in reversed(list(zip(plans, cell.stages, strict=True))):
-        lay = Layout.of(stage)
-        made, features, depth, blocks = (int(plan[place_of]) for place_of in (P.H, P.I, P.K, P.BLOCKS))
-        zeroed = {
-            P.DBP: blocks * lay.pre * lay.width,
-            P.DWP: blocks * features * lay.x_gates * lay.width,
-            P.DRP: blocks * depth * lay.h_gates * lay.width,
-        }
-        rest = {P.D: B * lay.pre * made, P.RT: lay.h_gates * made * -(-depth // LANES) * LANES}
-        if need_dx:
-            rest[P.WT] = lay.x_gates * made * -(-features // LANES) * LANES
-        pieces = [0] * len(P)
-        slab, at = carve(pieces, zeroed, rest)
-        slabs.append(slab)
-        _place(plan, {place_of: pieces[place_of] for place_of in (*zeroed, *rest)})
-        biases.append((stage, slab[at[P.DBP] : at[P.DBP] + zeroed[P.DBP]], blocks))
-        old = [stage.made[j][:-1] for j in _old(cell, stage)]
-        gradients = np.array([memory.gradient(v) for v in (*stage.given, *stage.made, *old)], np.int64)
-        place_of_up = [cell.state.index(memory.base(v)[0]) if memory.base(v)[1] else None for v in stage.made]
-        up = np.array([upstream[0][k] if k is not None else (0, 0, 0) for k in place_of_up], np.int64)
-        kept += [gradients, up]
-        source_at, source_step, source_row, _ = memory.gradient(stage.source)
-        _place(plan, {
-            P.GRADIENTS: gradients, P.UPSTREAM: up, P.DPARAMS: dparams, P.DKERNEL: dkernel,
-            P.DRECURRENT: dprojection if stage.projects else drecurrent,
-            P.D_SOURCE: source_at, P.D_SOURCE_T: source_step, P.D_SOURCE_B: source_row,
-        })  # fmt: skip
-        if dx is not None and stage.x_gates:
-            _place(plan, {P.DX: dx, P.DX_ADD: int(begun)})
-            begun = True
-    residual.flags[:] = 0
+            gradients[k][T & 1, :, : H if k else Q] = d
+    start = _forward_blueprint(cell, residual.known)[0]
+    start.piece(residual.slab, "flags", -1)[:] = 0
 
     def finish() -> Gradients:
-        dbias = np.zeros((G, H), np.float32) if residual.has_bias else None
-        for stage, packed, blocks in biases:
-            if dbias is not None and stage.x_gates:
-                lay = Layout.of(stage)
-                rows = packed.reshape(blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, -1)
-                dbias[columns(cell, stage)[0]] = rows[: lay.x_gates, :H]
-        first = memory.gradients
-        state = tuple(first[s][0, :, : memory.units[s]].copy() for s in cell.state)
-        of_params = tuple(dparams.sum(1)[:, :H]) if cell.params else ()
-        kept.clear()
-        slabs.clear()
-        del residual.kept, residual.memory, residual.plans  # their memory is free for the next step
-        return Gradients(
-            dx,
-            dkernel,
-            drecurrent,
-            None if dbias is None else dbias.reshape(-1),
+        dbias = None
+        if residual.has_bias:
+            dbias = np.empty((G, H), np.float32)
+            for k, stage in enumerate(cell.stages):
+                if stage.x_gates:
+                    lay = Layout.of(stage)
+                    rows = blueprint.piece(slab, f"dbp {k}", -1, lay.pre, lay.width).transpose(1, 0, 2)
+                    dbias[columns(cell, stage)[0]] = rows[: lay.x_gates].reshape(lay.x_gates, -1)[:, :H]
+            dbias = dbias.reshape(-1)
+        of_params: tuple[Any, ...] = ()
+        if cell.params:
+            of_params = tuple(blueprint.piece(slab, "dparams", len(cell.params), B, -1).sum(1)[:, :H])
+        state = tuple(d[0, :, : H if k else Q].copy() for k, d in enumerate(gradients))
+        found = Gradients(
+            values["dx"],
+            values["dkernel"],
+            values["drecurrent"],
+            dbias,
             of_params,
             state,
-            dprojection,
+            values["dprojection"],
         )
+        values.clear()
+        del residual.slab, residual.inputs  # their memory is free for the next step
+        return found
 
-    return Prepared(backward_kernel(cell), plans, residual.shards, finish)
+    return Prepared(backward_kernel(cell), table, residual.shards, finish)
