@@ -59,19 +59,24 @@ class Residual:
 
 
 class _Weights:
-    """The weights by pre-activation: what the input and the recurrent product multiply."""
+    """The columns that each stage's products use: of the kernel's result, and the recurrent weights themselves."""
 
-    def __init__(self, cell: Cell, kernel: Any, recurrent_kernel: Any, projection: Any, H: int) -> None:
-        columns = lambda names, g: slice(names.index(g) * H, (names.index(g) + 1) * H)
-        self.x, self.h = {}, {}
-        for g in cell.gates:
-            self.x[g + "_x" if g in cell.split else g] = columns(cell.gates, g)
-        for g in cell.recurrent:
-            self.h[g + "_h" if g in cell.split else g] = columns(cell.recurrent, g)
-        self.kernel, self.recurrent_kernel, self.projection = kernel, recurrent_kernel, projection
+    def __init__(self, cell: Cell, recurrent_kernel: Any, projection: Any, H: int) -> None:
+        def columns(names: tuple[str, ...], part: str, used: tuple[str, ...]) -> np.ndarray:
+            gates = [names.index(n.removesuffix(part) if n not in names else n) for n in used]
+            return (np.array(gates, int)[:, None] * H + np.arange(H)).reshape(-1)
 
-    def recurrent(self, name: str) -> np.ndarray:
-        return self.projection if name == "projection" else self.recurrent_kernel[:, self.h[name]]
+        self.x = [columns(cell.gates, "_x", s.x_gates) for s in cell.stages]
+        self.h = [columns(cell.recurrent, "_h", () if s.projects else s.h_gates) for s in cell.stages]
+        self.recurrent = [
+            projection if s.projects else recurrent_kernel[:, h]
+            for s, h in zip(cell.stages, self.h, strict=True)
+        ]
+
+
+def _split(values: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Equal parts of the columns, by name."""
+    return dict(zip(names, np.split(values, len(names), axis=-1), strict=True)) if names else {}
 
 
 @np.errstate(all="ignore")  # as in a kernel, NaN and infinity travel without a word
@@ -103,7 +108,7 @@ def forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
     dtype = np.result_type(x, kernel, recurrent_kernel)
-    weights = _Weights(cell, kernel, recurrent_kernel, projection, H)
+    weights = _Weights(cell, recurrent_kernel, projection, H)
     states = [np.zeros((T + 1, B, H if k else P), dtype) for k in range(len(cell.state))]
     for s, s0 in zip(states, state or (), strict=False):
         s[0] = s0
@@ -116,15 +121,17 @@ def forward(
         values = constant | {a: v[t] for a, v in by_step.items()}
         values |= {s: seq[t] for s, seq in zip(cell.state, states, strict=True)}
         kept: list[Any] = []
-        for stage, (function, _) in zip(cell.stages, functions(cell), strict=True):
+        for k, (stage, (function, _)) in enumerate(zip(cell.stages, functions(cell), strict=True)):
             scales = [_normalize(values, norm) for norm in stage.norms]
             fed = values[stage.source]
             if masks is not None and not stage.projects:
                 fed = fed * masks[t]
+            from_x = _split(projected[t][:, weights.x[k]], stage.x_gates)
+            from_h = _split(fed @ weights.recurrent[k], stage.h_gates)
             for name in stage.pre:
-                values[name] = projected[t][:, weights.x[name]] if name in stage.x_gates else 0
-                if name in stage.h_gates:
-                    values[name] = values[name] + fed @ weights.recurrent(name)
+                values[name] = from_x.get(name, 0)
+                if name in from_h:
+                    values[name] = values[name] + from_h[name]
             out = function(*(values[a] for a in stage.forward_args))
             shape = (B, P if stage.projects else H)
             out = [np.broadcast_to(v, shape) for v in out]
@@ -140,7 +147,8 @@ def forward(
     if not training:
         return Forward(states[0][1:], final, None, None)
     residual = Residual(
-        cell=cell, x=x, weights=weights, bias=bias, steps=steps, valid=valid, shape=(T, B, H, P), dtype=dtype, masks=masks,
+        cell=cell, x=x, kernel=kernel, weights=weights, bias=bias, steps=steps, valid=valid, shape=(T, B, H, P),
+        dtype=dtype, masks=masks,
     )  # fmt: skip
     return Forward(states[0][1:], final, tuple(s[1:] for s in states[1:]), residual)
 
@@ -168,9 +176,8 @@ def backward(
     T, B, H, P = r.shape
     check_backward(cell, r.shape, dh, dfinal, dstates)
     upstream = dict(zip(cell.state, (dh, *(dstates or (None,) * (len(cell.state) - 1))), strict=True))
-    dgates = np.zeros((T, B, weights.kernel.shape[1]), r.dtype)
-    drecurrent = np.zeros_like(weights.recurrent_kernel, r.dtype)
-    dprojection = None if weights.projection is None else np.zeros_like(weights.projection, r.dtype)
+    dgates = np.zeros((T, B, r.kernel.shape[1]), r.dtype)
+    products: list[list[Any]] = [[None] * T for _ in cell.stages]  # what went into each, and its gradient
     dparams = {p: np.zeros(H, r.dtype) for p in cell.params}
     zeros = {s: np.zeros((B, H if k else P), r.dtype) for k, s in enumerate(cell.state)}
     d_new = {
@@ -183,8 +190,8 @@ def backward(
             if upstream[s] is not None:
                 d_new[s] = d_new[s] + upstream[s][t]
         gradient: dict[str, Any] = {s + "1": d for s, d in d_new.items()}  # by vector; what is missing is 0
-        for stage, (_, function), (fed, scales, saved) in reversed(
-            list(zip(cell.stages, functions(cell), kept, strict=True))
+        for k, stage, (_, function), (fed, scales, saved) in reversed(
+            list(zip(range(len(kept)), cell.stages, functions(cell), kept, strict=True))
         ):
             shape = (B, P if stage.projects else H)
             known = values | {f"y{k}": v for k, v in saved.items()}
@@ -200,17 +207,11 @@ def backward(
                 gradient[n] = gradient.get(n, 0) + found[n]
             for p in stage.params:
                 dparams[p] += found[p].sum(0)
-            d_fed = np.zeros_like(fed)
-            for g in stage.pre:
-                if g in stage.x_gates:
-                    dgates[t][:, weights.x[g]] += found[g]
-                if g in stage.h_gates:
-                    d_fed += found[g] @ weights.recurrent(g).T
-                    if g == "projection":
-                        dprojection += fed.T @ found[g]
-                    else:
-                        drecurrent[:, weights.h[g]] += fed.T @ found[g]
+            if stage.x_gates:
+                dgates[t][:, weights.x[k]] = np.concatenate([found[g] for g in stage.x_gates], axis=1)
             if stage.h_gates:
+                d = np.concatenate([found[g] for g in stage.h_gates], axis=1)
+                d_fed, products[k][t] = d @ weights.recurrent[k].T, (fed, d)
                 if r.masks is not None and not stage.projects:
                     d_fed = d_fed * r.masks[t]
                 gradient[stage.source] = gradient.get(stage.source, 0) + d_fed
@@ -221,8 +222,16 @@ def backward(
             d_old = {s: np.where(live, d, d_new[s]) for s, d in d_old.items()}
         d_new = d_old
     flat = dgates.reshape(T * B, -1)
+    drecurrent, dprojection = np.zeros((P, len(cell.recurrent) * H), r.dtype), None
+    for stage, columns, pairs in zip(cell.stages, weights.h, products, strict=True):
+        if stage.h_gates:
+            fed, d = (np.concatenate(a) for a in zip(*pairs, strict=True))
+            if stage.projects:
+                dprojection = fed.T @ d
+            else:
+                drecurrent[:, columns] = fed.T @ d
     return Gradients(
-        x=dgates @ weights.kernel.T if need_dx else None,
+        x=dgates @ r.kernel.T if need_dx else None,
         kernel=r.x.reshape(T * B, -1).T @ flat,
         recurrent_kernel=drecurrent,
         bias=None if r.bias is None else flat.sum(0),
