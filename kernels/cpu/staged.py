@@ -465,6 +465,7 @@ def _functions(cell: Cell) -> tuple[str, Any, Any]:
     text = _driver_text(cell)
     sources = [tile_source(cell, stage) for stage in cell.stages]
     scope: dict[str, Any] = {
+        "__name__": __name__,  # without a module Numba would pickle all of these, and the builtins too
         "load_int": load_int, "share": share, "share_panels": share_panels, "barrier": barrier, "tile_rows": tile_rows,
         "normalize_rows": normalize_rows, "normalize_rows_back": normalize_rows_back, "SCRATCH": 4 * _scratch_floats(cell),
     }  # fmt: skip

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.peers
 torch = pytest.importorskip("torch")
 
 GATES = {"LSTM": 4, "GRU": 3, "tanh": 1, "relu": 1}
-WORK = 2e7  # multiplications of a forward pass at most; longer ones are cut in time, then in batch
+WORK = 4e6  # multiplications of a forward pass at most; longer ones are cut in time, then in batch
 CPU_BOUND, REFERENCE_BOUND = 2e-5, 1e-9
 EXAMPLES = 200
 
