@@ -176,7 +176,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 # --------------------------------------------------------------------------------------------- the machine
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16", "amx-int8", "neon", "sve")
-PACKAGES = ("numlstm", "numpy", "numba", "llvmlite", "torch")
+PACKAGES = ("numlstm", "numpy", "numba", "llvmlite", "torch", "keras", "jax")
 
 
 def version(package: str) -> str | None:
