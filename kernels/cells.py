@@ -299,7 +299,8 @@ def zoneout(of: Cell) -> Cell:
 
 @cache
 def _zoneout(of: Cell, name: str) -> Cell:
-    aux = tuple(f"z_{s}" for s in of.state)
+    taken = (*of.arguments, *of.gates)  # a normalised GRU has a gate's part called z_h
+    aux = tuple(f"z_{s}" if f"z_{s}" not in taken else f"zoneout_{s}" for s in of.state)
 
     def mix(value: dict[str, Any], new: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(

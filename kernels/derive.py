@@ -827,6 +827,13 @@ class _Cutter:
             given = list(cell.state)
         output = cell.state[0]
         projects = "projection" in here.values()
+        norms = tuple(norm for stage, norm in self.norms if stage == k)
+        narrow = any(n.op == "project" for n in self.pre)
+        if narrow and not projects and output in (*given, *(v for norm in norms for v in norm.inputs)):
+            raise self.fail(
+                f"with project(v) the old output {output} has fewer units than the cell: only what is projected may be "
+                "mixed with it"
+            )
         if projects and (len(here) > 1 or set(given) - {output} or set(made) != {output + "1"}):
             raise self.fail(
                 "after project(v) nothing can follow but the output, made from it and the old output"
@@ -834,7 +841,7 @@ class _Cutter:
         return Stage(
             graph,
             made,
-            norms=tuple(norm for stage, norm in self.norms if stage == k),
+            norms=norms,
             pre=(*x_only, *both, *h_only),
             x_gates=(*x_only, *both),
             h_gates=(*both, *h_only),

@@ -134,7 +134,7 @@ def forward(
                     values[name] = values[name] + from_h[name]
             out = function(*(values[a] for a in stage.forward_args))
             shape = (B, P if stage.projects else H)
-            out = [np.broadcast_to(v, shape) for v in out]
+            out = [np.broadcast_to(np.asarray(v, dtype), shape) for v in out]
             values |= zip(stage.made, out, strict=False)
             kept.append((fed, scales, dict(enumerate(out[len(stage.made) :]))))
         for s, seq in zip(cell.state, states, strict=True):
@@ -197,7 +197,10 @@ def backward(
             known = values | {f"y{k}": v for k, v in saved.items()}
             for m in stage.made:
                 known[stage.gradient_of[m]] = gradient.get(m, np.zeros(shape, r.dtype))
-            out = [np.broadcast_to(v, shape) for v in function(*(known[a] for a in stage.backward_args))]
+            out = [
+                np.broadcast_to(np.asarray(v, r.dtype), shape)
+                for v in function(*(known[a] for a in stage.backward_args))
+            ]
             if live is not None:
                 out = [np.where(live, v, 0) for v in out]
             found = dict(zip((*stage.pre, *stage.given, *stage.params), out, strict=True))

@@ -73,5 +73,9 @@ def _rows(path: str, layer: Layer, device: str) -> list[dict[str, str]]:
     for operation, option in asked:
         kernel = lookup(operation, option, layer.dtype, device, gradient=True)
         found = {"kernel": kernel.module, "device": kernel.device, "why": kernel.why}
+        if operation == "sequence" and (steps := getattr(layer, "remat_steps", None)) is not None:
+            found["why"] += (
+                f"; in training the states of every {steps} steps are kept, the rest computed again"
+            )
         rows.append({**base, "operation": operation, "option": option, **found})
     return rows

@@ -65,6 +65,7 @@ __all__ = [
     "pad",
     "power",
     "recurrent",
+    "recurrent_pair",
     "relu",
     "repeat",
     "reshape",
@@ -809,6 +810,8 @@ def dropout(
 
 # Recurrent sequences
 
+Sequences = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]
+
 
 def recurrent(
     cell: Any,
@@ -823,76 +826,175 @@ def recurrent(
     training: bool | None = None,
     aux: Sequence[Array] = (),
     recurrent_mask: Array | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    projection: TensorLike | None = None,
+    remat_steps: int | None = None,
+) -> Sequences:
     """A recurrent cell over a batch of sequences, in one kernel.
 
     Arguments:
-        cell: from numlstm.kernels.cells, with G gates.
+        cell: from numlstm.kernels.cells, with G gates, R of which the recurrence feeds (all, if it does not say
+            which), and H units. Its output, the first state, has P = H columns, or those of `projection`.
         x: (B, T, I).
         kernel: (I, G * H), columns in the cell's gate order.
-        recurrent_kernel: (H, G * H).
+        recurrent_kernel: (P, R * H).
         bias: (G * H,) or None.
         params: one (H,) tensor for each of `cell.params`.
-        state: one (B, H) tensor for each of `cell.state`; None for zeros.
+        state: one (B, H) tensor for each of `cell.state`, (B, P) for the first; None for zeros.
         mask: (B, T), False where a step is skipped: every state is carried over, and the output repeats.
         reverse: run from the last step to the first; outputs come in the order they were made.
         training: True keeps the states' sequences even if no tape is recording. What a gradient needs is kept
             if and only if a tape follows one of the inputs.
-        aux: one array for each of `cell.aux`, of a shape that broadcasts to (B, T, H); no gradient. In the order of
-            processing, as is:
+        aux: one array for each of `cell.aux`, of a shape that broadcasts to (B, T, H), (B, T, P) for the first
+            state's; no gradient. In the order of processing, as is:
         recurrent_mask: multiplies the output on its way into the next step's recurrent product (recurrent dropout);
-            (B, 1, H) for one mask a sequence, (B, T, H) for one a step.
+            (B, 1, P) for one mask a sequence, (B, T, P) for one a step.
+        projection: (H, P), for a cell that projects its output.
+        remat_steps: where a tape records, keep the states at every so many steps only, and compute what else
+            the gradient needs again: less memory, more time. The states' sequences are then kept only with
+            `training=True`.
 
-    Returns the outputs (B, T, H); the last of each state, (B, H); and the sequences of the states other than
-    the output, (B, T, H) each, or None where they were not kept. Gradients flow through the first two.
+    Returns the outputs (B, T, P); the last of each state, (B, H); and the sequences of the states other than
+    the output, (B, T, H) each, or None where they were not kept. Gradients flow through all of them.
     A fused kernel turns what it kept into gradients, so that even a persistent tape passes back here once.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    kernel = _floating(kernel)
-    dtype = kernel.dtype
-    x, recurrent_kernel = astype(x, dtype), astype(recurrent_kernel, dtype)
-    bias = None if bias is None else astype(bias, dtype)
-    params = tuple(astype(p, dtype) for p in params)
-    state = None if state is None else tuple(astype(s, dtype) for s in state)
-    valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
-    _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid)
+    (result,) = _run_sequences([_Sequence(**locals())])
+    return result
 
-    inputs = (x, kernel, recurrent_kernel, *(() if bias is None else (bias,)), *params, *(state or ()))
-    recorded = needs_gradient(*inputs)
-    backend, direction = get_backend(like=kernel.data), -1 if reverse else 1
-    out = backend.sequence_forward(
-        cell,
-        x.data.swapaxes(0, 1)[::direction],
-        kernel.data,
-        recurrent_kernel.data,
-        None if bias is None else bias.data,
-        tuple(p.data for p in params),
-        None if state is None else tuple(s.data for s in state),
-        None if valid is None else valid.T[::direction],
-        training=recorded or bool(training),
-        aux=tuple(np.asarray(a, dtype).swapaxes(0, 1) for a in aux),
-        recurrent_mask=None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1),
-    )
-    h, finals = out.h.swapaxes(0, 1), out.final
-    states = () if out.states is None else tuple(s.swapaxes(0, 1) for s in out.states)
-    residual, last, need_dx = out.residual, 1 + len(finals), needs_gradient(x)
 
-    def vjp(dh: Array | None, *d: Array | None) -> list[Array | None]:
-        if any(g is not None for g in d[last - 1 :]):
-            raise RuntimeError(
-                "the loss depends on a sequence of cell states, whose gradient is not available (that of the "
-                "outputs and of the final states is): use ops.stop_gradient() on it"
+def recurrent_pair(first: dict[str, Any], second: dict[str, Any]) -> tuple[Sequences, Sequences]:
+    """Two independent sequences, such as both directions over one input, in one call of the backend.
+
+    Arguments:
+        first, second: the arguments of `recurrent`, by name.
+
+    Returns what `recurrent` returns, for each.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    a, b = _run_sequences([_Sequence(**first), _Sequence(**second)])
+    return a, b
+
+
+class _Sequence:
+    """The arguments of one `recurrent`, checked and time-major, and the way back of its results."""
+
+    def __init__(
+        self,
+        cell: Any,
+        x: TensorLike,
+        kernel: TensorLike,
+        recurrent_kernel: TensorLike,
+        bias: TensorLike | None = None,
+        params: Sequence[TensorLike] = (),
+        state: Sequence[TensorLike] | None = None,
+        mask: Array | None = None,
+        reverse: bool = False,
+        training: bool | None = None,
+        aux: Sequence[Array] = (),
+        recurrent_mask: Array | None = None,
+        projection: TensorLike | None = None,
+        remat_steps: int | None = None,
+    ) -> None:
+        self.kernel = kernel = _floating(kernel)
+        dtype = kernel.dtype
+        x, recurrent_kernel = astype(x, dtype), astype(recurrent_kernel, dtype)
+        bias = None if bias is None else astype(bias, dtype)
+        params = tuple(astype(p, dtype) for p in params)
+        state = None if state is None else tuple(astype(s, dtype) for s in state)
+        projection = None if projection is None else astype(projection, dtype)
+        valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
+        _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)
+
+        self.inputs = (
+            x, kernel, recurrent_kernel, *(() if bias is None else (bias,)), *params, *(state or ()),
+            *(() if projection is None else (projection,)),
+        )  # fmt: skip
+        self.has_bias, self.has_state, self.projects = (a is not None for a in (bias, state, projection))
+        self.recorded, self.need_dx = needs_gradient(*self.inputs), needs_gradient(x)
+        self.direction, self.finals = -1 if reverse else 1, len(cell.state)
+        self.arguments: dict[str, Any] = {
+            "cell": cell,
+            "x": x.data.swapaxes(0, 1)[:: self.direction],
+            "kernel": kernel.data,
+            "recurrent_kernel": recurrent_kernel.data,
+            "bias": None if bias is None else bias.data,
+            "params": tuple(p.data for p in params),
+            "state": None if state is None else tuple(s.data for s in state),
+            "valid": None if valid is None else valid.T[:: self.direction],
+            "training": self.recorded or bool(training),
+            "aux": tuple(np.asarray(a, dtype).swapaxes(0, 1) for a in aux),
+            "recurrent_mask": (
+                None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1)
+            ),
+            "projection": None if projection is None else projection.data,
+        }
+        if remat_steps is not None:
+            self.arguments |= {"remat_steps": remat_steps, "keep_states": bool(training)}
+
+    def keep(self, out: Any) -> list[Array]:
+        """The results, batch-major: every output, the last states, the other states' sequences."""
+        self.residual, self.kept = out.residual, out.states is not None
+        del self.arguments  # what the backward pass needs of them, the residual holds
+        sequences = [s.swapaxes(0, 1) for s in (out.h, *(out.states or ()))]
+        return [sequences[0], *out.final, *sequences[1:]]
+
+    def upstream(self, d: Sequence[Array | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the backward pass, from the gradients that arrive at the results."""
+        last = 1 + self.finals
+        dh, *dstates = (None if g is None else g.swapaxes(0, 1) for g in (d[0], *d[last:]))
+        options: dict[str, Any] = {"need_dx": self.need_dx}
+        if any(g is not None for g in dstates):
+            options["dstates"] = tuple(dstates)
+        return (self.residual, dh, tuple(d[1:last])), options
+
+    def gradients(self, g: Any) -> list[Array | None]:
+        """The kernel's gradients in the order of `inputs`."""
+        dx = g.x[:: self.direction].swapaxes(0, 1) if self.need_dx else None
+        found = [dx, g.kernel, g.recurrent_kernel, *((g.bias,) if self.has_bias else ()), *g.params]
+        return [*found, *(g.state if self.has_state else ()), *((g.projection,) if self.projects else ())]
+
+
+def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:
+    """Run one sequence, or a pair of them, as one operation: one call of the backend each way."""
+    backend = get_backend(like=sequences[0].kernel.data)
+    if len(sequences) == 1:
+        outs = [backend.sequence_forward(**sequences[0].arguments)]
+    else:
+        outs = backend.sequence_forward_pair([s.arguments for s in sequences])
+    results = [s.keep(out) for s, out in zip(sequences, outs, strict=True)]
+    stops = np.cumsum([len(r) for r in results]).tolist()
+    places = [slice(stop - len(r), stop) for r, stop in zip(results, stops, strict=True)]
+
+    def vjp(*d: Array | None) -> list[Array | None]:
+        pieces = [d[place] for place in places]
+        found: list[list[Array | None]] = [[None] * len(s.inputs) for s in sequences]
+        reached = [  # a direction that the loss does not use, or that nobody follows, has no gradients
+            k for k, s in enumerate(sequences) if s.recorded and any(g is not None for g in pieces[k])
+        ]
+        asked = [sequences[k].upstream(pieces[k]) for k in reached]
+        if len(asked) == 1:
+            (upstream, options) = asked[0]
+            gradients = [backend.sequence_backward(*upstream, **options)]
+        else:
+            names = ("residual", "dh", "dfinal")
+            gradients = backend.sequence_backward_pair(
+                [dict(zip(names, upstream, strict=True)) | options for upstream, options in asked]
             )
-        time_major = None if dh is None else dh.swapaxes(0, 1)
-        g = backend.sequence_backward(residual, time_major, d[: last - 1], need_dx=need_dx)
-        dx = g.x[::direction].swapaxes(0, 1) if need_dx else None
-        biases = () if bias is None else (g.bias,)
-        return [dx, g.kernel, g.recurrent_kernel, *biases, *g.params, *(g.state if state is not None else ())]
+        for k, g in zip(reached, gradients, strict=True):
+            found[k] = sequences[k].gradients(g)
+        return [g for one in found for g in one]
 
-    outs = apply_joint((h, *finals, *states), inputs, vjp)
-    return outs[0], outs[1:last], None if out.states is None else outs[last:]
+    inputs = [t for s in sequences for t in s.inputs]
+    outputs = apply_joint([a for r in results for a in r], inputs, vjp)
+    given = []
+    for s, place in zip(sequences, places, strict=True):
+        mine, last = outputs[place], 1 + s.finals
+        given.append((mine[0], mine[1:last], mine[last:] if s.kept else None))
+    return given
 
 
 def _check_recurrent(
@@ -904,15 +1006,21 @@ def _check_recurrent(
     params: tuple[Tensor, ...],
     state: tuple[Tensor, ...] | None,
     valid: Array | None,
+    projection: Tensor | None,
 ) -> None:
     """Every shape against the others, before a kernel that trusts them."""
     if x.ndim != 3:
         raise ValueError(f"x: shape {x.shape} came, expected rank 3: (batch, time, features)")
-    (B, T, I), H = x.shape, recurrent_kernel.shape[0] if recurrent_kernel.ndim else 0
+    if projection is not None and projection.ndim != 2:
+        raise ValueError(f"projection: shape {projection.shape} came, expected rank 2: (units, outputs)")
+    P = recurrent_kernel.shape[0] if recurrent_kernel.ndim else 0
+    (B, T, I), H = x.shape, P
+    if projection is not None:
+        H, P = projection.shape
     columns = len(cell.gates) * H
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
         ("kernel", kernel, (I, columns)),
-        ("recurrent_kernel", recurrent_kernel, (H, columns)),
+        ("recurrent_kernel", recurrent_kernel, (P, len(cell.recurrent) * H)),
     ]
     if bias is not None:
         expected.append(("bias", bias, (columns,)))
@@ -924,7 +1032,10 @@ def _check_recurrent(
     if state is not None:
         if len(state) != len(cell.state):
             raise ValueError(f"state: {len(state)} came, expected {len(cell.state)}: {', '.join(cell.state)}")
-        expected += [(f"state[{name}]", s, (B, H)) for name, s in zip(cell.state, state, strict=True)]
+        expected += [
+            (f"state[{name}]", s, (B, H if k else P))
+            for k, (name, s) in enumerate(zip(cell.state, state, strict=True))
+        ]
     for name, t, shape in expected:
         if t.shape != shape:
             raise ValueError(f"{name}: shape {t.shape} came, expected {shape}")

@@ -97,8 +97,9 @@ class Stream:
         for k, layer in enumerate(self._stepped):
             if isinstance(layer, Recurrent):
                 if k not in self._states:
-                    shape = (self.batch_size, layer.units)
-                    self._states[k] = tuple(np.zeros(shape, layer.dtype) for _ in layer.cell.state)
+                    self._states[k] = tuple(
+                        np.zeros((self.batch_size, width), layer.dtype) for width in layer.state_widths
+                    )
                 for state in self._states[k]:
                     state[index] = 0
 

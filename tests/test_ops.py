@@ -68,7 +68,41 @@ def lstm_all(x, kernel, recurrent_kernel, bias, h, c):
     return ops.concatenate([y.reshape(-1), last.reshape(-1), cell.reshape(-1)])
 
 
+def every_state(cell, reverse=False, remat_steps=None):
+    """The sequences of all the states of a cell of 2 units, one beside the other."""
+
+    def f(x, kernel, recurrent_kernel, bias, *params):
+        y, _, states = ops.recurrent(
+            cell, x, kernel, recurrent_kernel, bias, params, mask=MASK, reverse=reverse, training=True,
+            remat_steps=remat_steps,
+        )  # fmt: skip
+        return ops.concatenate([y, *states])
+
+    return f
+
+
+def projected(x, kernel, recurrent_kernel, bias, projection, h, c, **options):
+    """All outputs of an LSTM of 4 units, projected to 2."""
+    y, (last, c), _ = ops.recurrent(
+        cells.lstm(projection=True), x, kernel, recurrent_kernel, bias, state=(h, c), mask=MASK,
+        projection=projection, **options,
+    )  # fmt: skip
+    return ops.concatenate([y.reshape(-1), last.reshape(-1), c.reshape(-1)])
+
+
+def pair(x, kernel, recurrent_kernel, bias, k, r):
+    """Both ways over one input, by an LSTM and a simple network."""
+    first = {"cell": cells.lstm(), "kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias}
+    second = {"cell": cells.elman(), "kernel": k, "recurrent_kernel": r, "mask": MASK, "reverse": True}
+    (y, (_, c), _), (z, _, _) = ops.recurrent_pair({"x": x, **first}, {"x": x, **second})
+    return ops.concatenate([y.reshape(-1), c.reshape(-1), z.reshape(-1)])
+
+
 LSTM = (normal(3, 4, 5), normal(5, 8), normal(2, 8), normal(8), *STATES)
+PROJECTED = (
+    *(normal(3, 4, 5), normal(5, 16), normal(2, 16), normal(16), normal(4, 2)),
+    *(normal(3, 2), normal(3, 4)),
+)
 
 # name, function, inputs that get a gradient
 GRADIENTS = [
@@ -175,6 +209,14 @@ GRADIENTS = [
     ("recurrent masked", lstm(0, mask=MASK), LSTM),
     ("recurrent reverse", lstm(0, mask=MASK, reverse=True), LSTM),
     ("recurrent all", lstm_all, LSTM),
+    ("recurrent every state of an lstm", every_state(cells.lstm()), LSTM[:4]),
+    ("recurrent every state of an slstm", every_state(cells.slstm(), reverse=True), LSTM[:4]),
+    ("recurrent every state, remat", every_state(cells.lstm(peephole=True), remat_steps=3),
+     (*LSTM[:4], normal(2), normal(2), normal(2))),
+    ("recurrent projection", projected, PROJECTED),
+    ("recurrent projection, remat",
+     lambda *a: projected(*a, remat_steps=3, recurrent_mask=np.full((1, 4, 1), 0.7)), PROJECTED),
+    ("recurrent_pair", pair, (*LSTM[:4], normal(5, 3), normal(3, 3))),
     ("recurrent elman",
      lambda x, w, r: ops.recurrent(cells.elman(), x, w, r)[0],
      (normal(2, 4, 3), normal(3, 5), normal(5, 5))),
@@ -409,13 +451,105 @@ def test_recurrent_carries_states_over_masked_steps():
     np.testing.assert_array_equal(c.data[2], state[1][2])
 
 
-def test_recurrent_refuses_a_gradient_through_cell_states():
+def test_recurrent_in_pieces_is_the_same_and_keeps_states_only_when_asked():
     x, *w = weights()
     w = [Variable(v) for v in w]
+    found = []
+    for options in ({}, {"remat_steps": 3}):
+        with GradientTape() as tape:
+            y, (h, c), states = ops.recurrent(cells.lstm(), x, *w, mask=MASK, **options)
+            loss = ops.sum(y * y) + ops.sum(c)
+        found.append((y.data, h.data, c.data, *tape.gradient(loss, w)))
+        assert (states is None) == bool(options)
+    for k, (a, b) in enumerate(zip(*found, strict=True)):
+        if k < 3:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    with GradientTape():
+        _, _, states = ops.recurrent(cells.lstm(), x, *w, training=True, remat_steps=3)
+    assert states[0].shape == (3, 4, 2)
+    with pytest.raises(ValueError, match="remat_steps: expected an integer of at least 1, got 0"):
+        ops.recurrent(cells.lstm(), x, *w, remat_steps=0)
+
+
+def test_a_pair_is_two_sequences_in_one_call_each_way(monkeypatch):
+    backend, calls = get_backend(), []
+    for name in ("sequence_forward_pair", "sequence_backward_pair"):
+        served = getattr(backend, name)
+        spy = lambda asked, name=name, served=served: (calls.append((name, len(asked))), served(asked))[1]
+        monkeypatch.setattr(backend, name, spy, raising=False)
+    x, *w = weights()
+    w, v = [Variable(a) for a in w], [Variable(a * 0.5) for a in w]
+    arguments = [
+        {"cell": cells.lstm(), "x": x, "kernel": k, "recurrent_kernel": r, "bias": b, "reverse": back}
+        for (k, r, b), back in ((w, False), (v, True))
+    ]
+    with GradientTape(persistent=True) as tape:
+        together = ops.recurrent_pair(*arguments)
+        loss = sum(ops.sum(y * y) + ops.sum(c) for y, (_, c), _ in together)
+    gradients = tape.gradient(loss, [*w, *v])
+    assert calls == [("sequence_forward_pair", 2), ("sequence_backward_pair", 2)]
     with GradientTape() as tape:
-        loss = ops.sum(ops.recurrent(cells.lstm(), x, *w)[2][0])
-    with pytest.raises(RuntimeError, match=r"cell states.*stop_gradient"):
-        tape.gradient(loss, w)
+        apart = [ops.recurrent(**a) for a in arguments]
+        loss = sum(ops.sum(y * y) + ops.sum(c) for y, (_, c), _ in apart)
+    for a, b in zip(gradients, tape.gradient(loss, [*w, *v]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for (y, final, states), (z, ends, others) in zip(together, apart, strict=True):
+        for a, b in zip((y, *final, *states), (z, *ends, *others), strict=True):
+            np.testing.assert_array_equal(a.data, b.data)
+
+
+@pytest.mark.parametrize("followed", [0, 1])
+def test_of_a_pair_only_what_the_loss_uses_has_a_gradient(followed):
+    x, *w = weights()
+    pairs = [[Variable(a) for a in w], [Variable(a) for a in w]]
+    arguments = [
+        {"cell": cells.lstm(), "x": x, "kernel": k, "recurrent_kernel": r, "bias": b} for k, r, b in pairs
+    ]
+    with GradientTape() as tape:
+        loss = ops.sum(ops.recurrent_pair(*arguments)[followed][0])
+    gradients = tape.gradient(loss, pairs[0] + pairs[1])
+    assert [bool(np.abs(g).max()) for g in gradients] == [followed == 0] * 3 + [followed == 1] * 3
+
+
+def test_a_pair_is_run_together_where_the_kernel_can(monkeypatch):
+    """`forward_all` and `backward_all` of the serving module get every sequence's arguments at once."""
+    serving, asked = get_backend().functions("sequence", "lstm", np.dtype(np.float64), True), []
+
+    def forward_all(calls):
+        asked.append(("forward", [(len(places), sorted(options)) for places, options in calls]))
+        return [serving.forward(*places, **options) for places, options in calls]
+
+    def backward_all(calls):
+        asked.append(("backward", [(len(places), sorted(options)) for places, options in calls]))
+        return [serving.backward(*places, **options) for places, options in calls]
+
+    monkeypatch.setattr(serving, "forward_all", forward_all, raising=False)
+    monkeypatch.setattr(serving, "backward_all", backward_all, raising=False)
+    x, *w = weights()
+    w = [Variable(a) for a in w]
+    call = dict(zip(("x", "kernel", "recurrent_kernel", "bias"), (x, *w), strict=True)) | {
+        "cell": cells.lstm()
+    }
+    with GradientTape() as tape:
+        (y, _, _), (_, (_, c), states) = ops.recurrent_pair(call, {**call, "reverse": True})
+        loss = ops.sum(y) + ops.sum(c) + ops.sum(states[0])
+    found = tape.gradient(loss, w)
+    options = ["aux", "projection", "recurrent_mask", "training"]
+    assert asked == [
+        ("forward", [(8, options)] * 2),
+        ("backward", [(3, ["need_dx"]), (3, ["dstates", "need_dx"])]),
+    ]
+    monkeypatch.undo()
+    with GradientTape() as tape:
+        (y, _, _), (_, (_, c), states) = ops.recurrent_pair(call, {**call, "reverse": True})
+        loss = ops.sum(y) + ops.sum(c) + ops.sum(states[0])
+    for a, b in zip(found, tape.gradient(loss, w), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with GradientTape() as tape:  # in pieces each sequence is run by itself
+        loss = sum(ops.sum(r[0]) for r in ops.recurrent_pair({**call, "remat_steps": 2}, call))
+    assert len(tape.gradient(loss, w)) == 3 and len(asked) == 2
 
 
 def test_recurrent_computes_dx_only_for_those_who_need_it(monkeypatch):
@@ -453,6 +587,10 @@ def test_recurrent_computes_dx_only_for_those_who_need_it(monkeypatch):
             r"state\[c\]: shape \(2, 2\) came, expected \(3, 2\)",
         ),
         ({"mask": np.ones((4, 3), bool)}, r"mask: shape \(4, 3\) came, expected \(3, 4\)"),
+        ({"projection": np.ones(2)}, r"projection: shape \(2,\) came, expected rank 2: \(units, outputs\)"),
+        ({"projection": np.ones((3, 2))}, r"kernel: shape \(5, 8\) came, expected \(5, 12\)"),
+        ({"projection": np.ones((2, 1))}, r"recurrent_kernel: shape \(2, 8\) came, expected \(1, 8\)"),
+        ({"projection": np.ones((2, 2))}, "projection: expected None for the cell lstm"),
     ],
 )
 def test_recurrent_refuses_shapes_that_do_not_fit(change, message):

@@ -10,10 +10,13 @@ this class.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from numlstm.kernels import remat
 
 __all__ = ["Backend", "Kernel", "lookup", "register"]
 
@@ -116,6 +119,19 @@ def lookup(
     raise ValueError(f"no kernel serves {operation} ({option}, {name}) on {device}")
 
 
+# What a sequence module's functions take by place; the rest by name.
+_FORWARD = ("cell", "x", "kernel", "recurrent_kernel", "bias", "params", "state", "valid")
+_BACKWARD = ("residual", "dh", "dfinal")
+
+
+def _split(
+    call: dict[str, Any], places: tuple[str, ...], leave: tuple[str, ...] = ()
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, given by name: those that go by place, and the others."""
+    by_name = {k: v for k, v in call.items() if k not in places and k not in leave}
+    return tuple(call[name] for name in places), by_name
+
+
 class Backend:
     """Plain NumPy, for any float dtype: the oracle, and the `reference` backend.
 
@@ -176,21 +192,70 @@ class Backend:
         training: bool,
         aux: tuple[Array, ...] = (),
         recurrent_mask: Array | None = None,
+        projection: Array | None = None,
+        remat_steps: int | None = None,
+        keep_states: bool = True,
     ) -> Any:
-        """Run a cell over x (T, B, I): a `Forward(h, final, states, residual)`."""
+        """Run a cell over x (T, B, I): a `Forward(h, final, states, residual)`.
+
+        Arguments:
+            projection: (H, P), for a cell that projects its output.
+            remat_steps: keep the states at every so many steps only, and compute what else a gradient needs
+                again, piece by piece (kernels/remat.py).
+            keep_states: with `remat_steps`, whether `states` are wanted all the same.
+        """
         serving = self.functions("sequence", cell.name, kernel.dtype, training)
+        options: dict[str, Any] = {}
+        if remat_steps is not None:
+            serving, options = remat.Remat(serving, remat_steps), {"keep_states": keep_states}
         out = serving.forward(
             cell, x, kernel, recurrent_kernel, bias, params, state, valid,
-            training=training, aux=aux, recurrent_mask=recurrent_mask,
+            training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection, **options,
         )  # fmt: skip
         return out._replace(residual=(serving, out.residual)) if training else out
 
     def sequence_backward(
-        self, residual: Any, dh: Array | None, dfinal: tuple[Array | None, ...], *, need_dx: bool = True
+        self,
+        residual: Any,
+        dh: Array | None,
+        dfinal: tuple[Array | None, ...],
+        *,
+        need_dx: bool = True,
+        dstates: tuple[Array | None, ...] | None = None,
     ) -> Any:
         """The `Gradients` of `sequence_forward`, by the same kernel that ran it. A residual serves once."""
         serving, kept = residual
-        return serving.backward(kept, dh, dfinal, need_dx=need_dx)
+        return serving.backward(kept, dh, dfinal, need_dx=need_dx, dstates=dstates)
+
+    def sequence_forward_pair(self, calls: Sequence[dict[str, Any]]) -> list[Any]:
+        """Several sequences that do not depend on each other, such as the two directions over one input.
+
+        Arguments:
+            calls: the arguments of `sequence_forward`, by name, one dict a sequence.
+
+        Returns a `Forward` each. Where one kernel serves them all and can run them together (`forward_all`, the
+        places and options of each of its own `forward`'s calls in, a list of results out), it is asked once.
+        """
+        servings = {
+            self.functions("sequence", c["cell"].name, c["kernel"].dtype, c["training"]) for c in calls
+        }
+        together = getattr(next(iter(servings)), "forward_all", None) if len(servings) == 1 else None
+        if together is None or any(c.get("remat_steps") is not None for c in calls):
+            return [self.sequence_forward(**c) for c in calls]
+        (serving,) = servings
+        outs = together([_split(c, _FORWARD, leave=("remat_steps", "keep_states")) for c in calls])
+        return [
+            out._replace(residual=(serving, out.residual)) if c["training"] else out
+            for c, out in zip(calls, outs, strict=True)
+        ]
+
+    def sequence_backward_pair(self, calls: Sequence[dict[str, Any]]) -> list[Any]:
+        """The `Gradients` of several sequences: the arguments of `sequence_backward` by name, a dict each."""
+        servings = {c["residual"][0] for c in calls}
+        together = getattr(next(iter(servings)), "backward_all", None) if len(servings) == 1 else None
+        if together is None:
+            return [self.sequence_backward(**c) for c in calls]
+        return together([_split({**c, "residual": c["residual"][1]}, _BACKWARD) for c in calls])
 
     # Products and lookups
     def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:

@@ -23,12 +23,13 @@ from numlstm.layers.core import (
     TimeDistributed,
 )
 from numlstm.layers.positions import PositionEmbedding, SinusoidalPositions
-from numlstm.layers.recurrent import GRU, LSTM, RNN, Recurrent, SimpleRNN, cell
+from numlstm.layers.recurrent import GRU, LSTM, RNN, SLSTM, IndRNN, Recurrent, SimpleRNN, cell
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "Activation",
     "Add",
     "AdditiveAttention",
@@ -41,6 +42,7 @@ __all__ = [
     "Flatten",
     "GlobalAveragePooling1D",
     "GlobalMaxPooling1D",
+    "IndRNN",
     "Input",
     "InputLayer",
     "Layer",

@@ -1,8 +1,9 @@
 """Bidirectional: a recurrent layer and its mirror image, one from each end of the sequence (Schuster & Paliwal
 1997), with the semantics of Keras 3.
 
-Two layers of equal options, but for the direction, and each with weights of its own; the second one's outputs
-are turned round in time, so that both speak of the same step where they are merged. With a mask, the steps that
+Two layers of equal options, but for the direction, and each with weights of its own, run in one call of the
+backend; the second one's outputs are turned round in time, so that both speak of the same step where they are
+merged. With a mask, the steps that
 it leaves out have outputs of zero, unlike those of a recurrent layer by itself, which repeat the last.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 from numlstm import ops
 from numlstm.autograd import Tensor
-from numlstm.layers.base import Layer, Shape, from_config, registry
+from numlstm.layers.base import Layer, Shape, flat, from_config, registry
 from numlstm.layers.recurrent import Recurrent
 from numlstm.registry import constructor_parameters
 
@@ -79,10 +80,10 @@ class Bidirectional(Layer):
             a, b = getattr(forward, option), getattr(backward, option)
             if a != b:
                 raise ValueError(f"{option}: expected the same of both layers, got {a} forward, {b} backward")
-        if self.merge_mode not in ("concat", None) and forward.units != backward.units:
+        if self.merge_mode not in ("concat", None) and forward.output_units != backward.output_units:
             raise ValueError(
-                f"merge_mode: {self.merge_mode!r} takes layers of equal units, got {forward.units} and "
-                f"{backward.units}"
+                f"merge_mode: {self.merge_mode!r} takes layers of equal units, got {forward.output_units} and "
+                f"{backward.output_units}"
             )
         for layer in (forward, backward):
             if layer.dtype != self.dtype:
@@ -126,7 +127,9 @@ class Bidirectional(Layer):
         self.forward_layer.ensure_built(input_shape)
         self.backward_layer.ensure_built(input_shape)
 
-    def call(self, inputs: Tensor, initial_state: Any = None, mask: Any = None) -> Tensor | list[Tensor]:
+    def call(
+        self, inputs: Tensor, initial_state: Any = None, mask: Any = None, training: bool = False
+    ) -> Tensor | list[Tensor]:
         """Run over a batch of sequences in both directions.
 
         Arguments:
@@ -134,13 +137,12 @@ class Bidirectional(Layer):
             initial_state: the forward layer's states, then the backward one's, (batch, units) each, in a list;
                 by default zeros, or the kept states.
             mask: bool (batch, time): where it is False the states stay as they are, and the output is zero.
+            training: whether dropout is applied.
 
         Returns the merged output (two, with `merge_mode=None`), and with `return_state` a list: the output,
         then the last states.
         """
-        start_forward, start_backward = self._halves(initial_state)
-        forward = self._run(self.forward_layer, inputs, start_forward, mask)
-        backward = self._run(self.backward_layer, inputs, start_backward, mask)
+        forward, backward = self._run(inputs, self._halves(initial_state), mask, training)
         outputs = self._merge(forward[0], backward[0])
         for output in outputs:
             output.mask = self.compute_mask(inputs, mask)
@@ -160,10 +162,37 @@ class Bidirectional(Layer):
             )
         return states[: len(forward)], states[len(forward) :]
 
-    def _run(self, layer: Recurrent, inputs: Tensor, start: Any, mask: Any) -> list[Tensor]:
-        """One direction: the output in the order of the inputs, then the states asked for."""
-        results = layer(inputs, initial_state=start, mask=mask)
-        output, *states = results if isinstance(results, list) else [results]
+    def _run(self, inputs: Tensor, starts: tuple[Any, Any], mask: Any, training: bool) -> list[list[Tensor]]:
+        """Each direction's output in the order of the inputs, then its states asked for."""
+        layers = (self.forward_layer, self.backward_layer)
+        if all(type(layer).call is Recurrent.call and type(layer).run is Recurrent.run for layer in layers):
+            found = self._run_together(inputs, starts, mask, training)
+        else:  # a layer with a call of its own
+            found = [
+                layer(inputs, initial_state=start, mask=mask)
+                for layer, start in zip(layers, starts, strict=True)
+            ]
+        return [self._as_read(layer, y, mask) for layer, y in zip(layers, found, strict=True)]
+
+    def _run_together(self, inputs: Tensor, starts: tuple[Any, Any], mask: Any, training: bool) -> list[Any]:
+        """What the calls of both layers give, but in one call of the backend."""
+        layers, questions = (self.forward_layer, self.backward_layer), []
+        for layer, start in zip(layers, starts, strict=True):
+            layer.check_input(inputs)
+            layer._start_losses(self._root)
+            questions.append(layer.question(inputs, start, mask, training))
+        found = []
+        for layer, answer in zip(layers, ops.recurrent_pair(*questions), strict=True):
+            results = layer.results(*answer)
+            if layer.activity_regularizer is not None:
+                for output in flat(results):
+                    layer.add_loss(layer.activity_regularizer(output))
+            found.append(results)
+        return found
+
+    def _as_read(self, layer: Recurrent, results: Any, mask: Any) -> list[Tensor]:
+        """The output of one direction in the order of the inputs, then the states asked for."""
+        output, *states = flat(results)
         if layer.return_sequences:
             if layer.go_backwards:
                 output = ops.flip(output, axis=1)

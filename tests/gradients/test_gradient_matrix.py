@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checking import Prepared, Question, check
+from checking import Prepared, Question, check, gradients_of, numerical_error
 
 import numlstm as nl
 from numlstm import activations, losses
@@ -27,6 +27,21 @@ def peephole(i, f, g, o, c, p_i, p_f, p_o):
     """The LSTM of Gers and Schmidhuber 2000: a cell of a user's, with per-unit parameters."""
     new = nl.sigmoid(f + p_f * c) * c + nl.sigmoid(i + p_i * c) * nl.tanh(g)
     return nl.sigmoid(o + p_o * new) * nl.tanh(new), new
+
+
+@nl.cell(gates="zng", state=("h", "m"), recurrent=("z", "n"))
+def second_product(z, g, h, m, decay):
+    """A second product, a normalised memory, and a gate that sees the input only."""
+    z = nl.sigmoid(z)
+    m = decay * m + nl.tanh(preactivation("n", z * h)) + g  # noqa: F821 (a word of the cell language)
+    return nl.tanh(normalize(m)), m  # noqa: F821
+
+
+@nl.cell(gates="zg", state=("h", "m"), recurrent=("z",))
+def projected(z, g, m, decay):
+    """A projected output."""
+    m = nl.sigmoid(z) * m + nl.tanh(decay * g)
+    return project(nl.tanh(m)), m  # noqa: F821
 
 
 @dataclass
@@ -49,6 +64,7 @@ class Case:
     numeric_bound: float = 1e-8
     cpu_bound: float = 2e-5
     directions: int = 3
+    on_cpu: bool = True  # False: another row, or tests/kernels, holds the cpu to kernels of the same making
 
     @property
     def row(self) -> str:
@@ -91,12 +107,12 @@ SHAPES = [
 ]
 
 
-def of_shapes(layer: str) -> list[Case]:
-    """Ten odd shapes, each whole and under a mask with holes and an empty row."""
+def of_shapes(layer: str, shapes: list[tuple[int, int, int, int]] = SHAPES, **fixed: Any) -> list[Case]:
+    """Odd shapes, each whole and under a mask with holes and an empty row."""
     found = []
-    for B, T, features, units in SHAPES:
+    for B, T, features, units in shapes:
         long = {"directions": 1, "cpu_bound": 1e-4} if T == 500 else {}
-        shape, options = (B, T, features), {"units": units, **SEQ}
+        shape, options = (B, T, features), {"units": units, **SEQ, **fixed}
         found.append(Case(layer, f"B{B} T{T} I{features} H{units}", options, shape, **long))
         if T > 1:
             call = {"mask": holes(B, T) if B > 1 else holes(2, T)[1:]}
@@ -104,30 +120,62 @@ def of_shapes(layer: str) -> list[Case]:
     return found
 
 
-def of_options(layer: str, states: int) -> list[Case]:
-    """What all recurrent layers offer."""
-    lengths = {"lengths": [0, 2, 4]}
+def of_options(layer: str, states: int, *, fed_back: bool = True, **fixed: Any) -> list[Case]:
+    """What all recurrent layers offer. Not `fed_back`: there is no recurrent product to drop anything from."""
+    lengths, gaps = {"lengths": [0, 2, 4]}, {"mask": holes(3, 4)}
+    options = {"units": 7, **fixed}
+    sequences, both = {**options, **SEQ}, {**options, "return_state": True, **SEQ}
+    dropped = {**sequences, "recurrent_dropout": 0.4}
+    everything = {**both, "remat_steps": 3, "zoneout": 0.3, "dropout": 0.2}
+    if fed_back:
+        everything |= {"recurrent_dropout": 0.3, "recurrent_dropout_per_step": True}
     return [
-        Case(layer, "last output", {"units": 7}),
-        Case(layer, "last output, lengths", {"units": 7}, call=lengths),
-        Case(layer, "state given and returned", {"units": 7, "return_state": True, **SEQ}, states=states),
-        Case(layer, "state, lengths", {"units": 7, "return_state": True}, call=lengths, states=states),
-        Case(layer, "no bias", {"units": 7, "use_bias": False, **SEQ}),
-        Case(layer, "backwards", {"units": 7, "go_backwards": True, **SEQ}),
-        Case(
-            layer, "backwards, holes", {"units": 7, "go_backwards": True, **SEQ}, call={"mask": holes(3, 4)}
-        ),
-        Case(layer, "dropout", {"units": 7, "dropout": 0.4, **SEQ}),
-        Case(layer, "stateful", {"units": 7, "stateful": True, **SEQ}),
-        Case(layer, "zoneout", {"units": 7, "zoneout": 0.4, **SEQ}),
+        Case(layer, "last output", options),
+        Case(layer, "last output, lengths", options, call=lengths),
+        Case(layer, "state given and returned", both, states=states),
+        Case(layer, "state, lengths", {**options, "return_state": True}, call=lengths, states=states),
+        Case(layer, "no bias", {**sequences, "use_bias": False}),
+        Case(layer, "backwards", {**sequences, "go_backwards": True}),
+        Case(layer, "backwards, holes", {**sequences, "go_backwards": True}, call=gaps),
+        Case(layer, "dropout", {**sequences, "dropout": 0.4}),
+        Case(layer, "stateful", {**sequences, "stateful": True}),
+        Case(layer, "zoneout", {**sequences, "zoneout": 0.4}),
         Case(
             layer,
             "zoneout, holes, backwards",
-            {"units": 50, "zoneout": 0.2, "go_backwards": True, **SEQ},
-            call={"mask": holes(3, 4)},
+            {**sequences, "units": 50, "zoneout": 0.2, "go_backwards": True},
+            call=gaps,
         ),
-        Case(layer, "regularized", {"units": 7, "recurrent_regularizer": "l2", **REGULARIZED, **SEQ}),
-    ]
+        Case(layer, "regularized", {**sequences, "recurrent_regularizer": "l2", **REGULARIZED}),
+        *([
+            Case(layer, "recurrent dropout", dropped),
+            Case(layer, "recurrent dropout by step", {**dropped, "recurrent_dropout_per_step": True}),
+            Case(layer, "recurrent dropout, state", {**dropped, "return_state": True}, states=states),
+            Case(
+                layer,
+                "recurrent dropout by step, holes, backwards",
+                {**dropped, "units": 50, "recurrent_dropout_per_step": True, "go_backwards": True},
+                call=gaps,
+            ),
+        ] if fed_back else []),
+        Case(layer, "dropconnect", {**sequences, "recurrent_dropconnect": 0.4}),
+        Case(layer, "remat", {**sequences, "remat_steps": 2}, (3, 5, 5)),
+        Case(layer, "remat, last output", {**options, "remat_steps": 9}),
+        Case(
+            layer, "remat, everything", everything, (3, 7, 5), {"mask": holes(3, 7)}, states=states
+        ),
+    ]  # fmt: skip
+
+
+def of_variant(layer: str, name: str, states: int = 1, *, on_cpu: bool = True, **options: Any) -> list[Case]:
+    """An option by itself: over sequences, backwards under a mask, with states."""
+    return [
+        Case(layer, name, {"units": 7, **options, **SEQ}, on_cpu=on_cpu),
+        Case(layer, f"{name}, holes, backwards", {**options, "units": 50, "go_backwards": True, **SEQ},
+             call={"mask": holes(3, 4)}, on_cpu=on_cpu),
+        Case(layer, f"{name}, state, lengths", {"units": 7, **options, "return_state": True},
+             call={"lengths": [0, 2, 4]}, states=states, on_cpu=on_cpu),
+    ]  # fmt: skip
 
 
 def of_forms() -> list[Case]:
@@ -174,18 +222,75 @@ WHERE_TO_LOOK: dict[str, dict[str, Any]] = {
     "causal, both": {"use_causal_mask": True, "mask": MASKS},
 }
 
+BY_NAME = {
+    "coupled": "input",
+    "peephole": True,
+    "activation": "scaled_tanh(alpha=1.5, beta=0.7)",
+    "recurrent_activation": "hard_sigmoid(alpha=0.2, beta=0.4)",
+    "output_activation": "softsign",
+    "clip": 0.9,
+}
 CASES = [
     *of_shapes("LSTM"),
     *of_options("LSTM", 2),
     *of_activations("LSTM", gates=True),
     Case("LSTM", "cell sequence kept", {"units": 7, "return_cell_sequence": True, **SEQ}, outputs=1),
+    Case("LSTM", "cell sequence", {"units": 7, "return_cell_sequence": True, "return_state": True, **SEQ},
+         states=2),
+    Case("LSTM", "cell sequence, holes, backwards",
+         {"units": 50, "return_cell_sequence": True, "go_backwards": True}, call={"mask": holes(3, 4)}),
+    Case("LSTM", "cell sequence, remat", {"units": 7, "return_cell_sequence": True, "remat_steps": 3},
+         (3, 7, 5), call={"mask": holes(3, 7)}),
     Case("LSTM", "no forget ones", {"units": 7, "unit_forget_bias": False, **SEQ}),
     *of_forms(),
     Case("LSTM", "zoneout by state", {"units": 7, "zoneout": (0.0, 0.5), "return_state": True}, states=2),
+    *of_variant("LSTM", "projection", 2, projection=3),
+    *of_variant("LSTM", "layer_norm", 2, layer_norm=True),
+    *of_variant("LSTM", "coupled input, activations with parameters", 2, **BY_NAME),
+    Case("LSTM", "layer_norm, no bias", {"units": 7, "layer_norm": True, "use_bias": False, **SEQ}),
+    Case("LSTM", "projection, recurrent dropouts, cell sequence",
+         {"units": 7, "projection": 3, "projection_regularizer": "l2", "recurrent_dropout": 0.3,
+          "recurrent_dropconnect": 0.3, "return_cell_sequence": True, "return_state": True},
+         call={"mask": holes(3, 4)}, states=2),
+    Case("LSTM", "projection, layer_norm, peephole, remat",
+         {"units": 9, "projection": 4, "layer_norm": True, "peephole": True,
+          "recurrent_dropout": 0.2, "recurrent_dropout_per_step": True, "remat_steps": 2,
+          "return_state": True, **SEQ}, (3, 5, 5), call={"mask": holes(3, 5)}, states=2),
     *of_shapes("SimpleRNN"),
     *of_options("SimpleRNN", 1),
     *of_activations("SimpleRNN", gates=False),
+    *of_variant("SimpleRNN", "layer_norm", layer_norm=True),
+    *of_variant("SimpleRNN", "clip, cell_clip, leaky_relu", clip=0.9, cell_clip=0.6,
+                activation="leaky_relu(alpha=0.1)"),
+    *of_shapes("GRU"),
     *of_options("GRU", 1),
+    *of_variant("GRU", "reset before", reset_after=False),
+    *of_variant("GRU", "layer_norm", layer_norm=True),
+    *of_variant("GRU", "clip, cell_clip", clip=0.7, cell_clip=0.4),
+    Case("GRU", "layer_norm, no bias", {"units": 7, "layer_norm": True, "use_bias": False, **SEQ}),
+    Case("GRU", "reset before, no bias, recurrent dropout",
+         {"units": 7, "reset_after": False, "use_bias": False, "recurrent_dropout": 0.4, **SEQ}),
+    Case("GRU", "reset before, zoneout, remat, dropconnect",
+         {"units": 7, "reset_after": False, "zoneout": 0.3, "remat_steps": 2, "recurrent_dropconnect": 0.3,
+          "return_state": True, **SEQ}, (3, 5, 5), call={"mask": holes(3, 5)}, states=1),
+    # tanh, since some of many units come too near relu's kink; nothing is multiplied by a matrix on its way back,
+    # so there is nothing for recurrent_dropout to thin out, and the layer refuses it
+    *of_shapes("IndRNN", SHAPES[1:3] + SHAPES[5:9], activation="tanh"),
+    *of_options("IndRNN", 1, fed_back=False, activation="tanh", bias_initializer="ones"),
+    *of_variant("IndRNN", "layer_norm, cell_clip", on_cpu=False, layer_norm=True, cell_clip=0.8, activation="tanh"),
+    Case("IndRNN", "relu", {"units": 7, "return_state": True, **SEQ}, states=1),
+    *of_shapes("SLSTM", SHAPES[1:3] + SHAPES[5:9]),
+    *of_options("SLSTM", 4),
+    *of_variant("SLSTM", "layer_norm", 4, on_cpu=False, layer_norm=True),
+    Case("SLSTM", "sequence of c", {"units": 7, "return_cell_sequence": True, **SEQ}, states=4),
+    *of_options("RNN", 2, cell=peephole),
+    *of_variant("RNN", "own cell, layer_norm, cell_clip", 2, on_cpu=False, cell=peephole, layer_norm=True, cell_clip=0.3),
+    *of_variant("RNN", "own cell, second product", 2, on_cpu=False, cell=second_product, parameter_initializer="ones"),
+    *of_variant("RNN", "own cell, projected", 2, cell=projected, projection=5, parameter_initializer="ones"),
+    Case("RNN", "own cell, projected, zoneout, remat, recurrent dropout",
+         {"cell": projected, "units": 9, "projection": 4, "zoneout": 0.3, "remat_steps": 2,
+          "recurrent_dropout": 0.3, "return_state": True, **SEQ}, (3, 5, 5),
+         call={"mask": holes(3, 5)}, states=2, on_cpu=False),
     Case("RNN", "own cell, peepholes", {"cell": peephole, "units": 7, **SEQ}),
     Case("RNN", "own cell, holes", {"cell": peephole, "units": 7, **SEQ}, call={"mask": holes(3, 4)}),
     Case("RNN", "own cell, states", {"cell": peephole, "units": 193, "return_state": True}, states=2),
@@ -202,6 +307,30 @@ CASES = [
          make=lambda **o: both_ways("GRU", "mul", return_state=True, **o)),
     Case("Bidirectional", "peephole, zoneout, dropout", {"units": 50},
          make=lambda **o: both_ways("LSTM", "concat", peephole=True, zoneout=0.2, dropout=0.3, **o)),
+    *[
+        Case("Bidirectional", f"{layer} {name}".strip(), {"units": 7}, call={"mask": holes(3, 4)},
+             states=states,
+             make=lambda layer=layer, options=options, **o: both_ways(
+                 layer, "concat", return_state=True, **SEQ, **options, **o))
+        for layer, name, states, options in [
+            ("LSTM", "projection", 4, {"projection": 3}),
+            ("LSTM", "layer_norm", 4, {"layer_norm": True}),
+            ("LSTM", "coupled input, activations with parameters", 4, BY_NAME),
+            ("LSTM", "remat, recurrent dropout by step", 4,
+             {"remat_steps": 3, "recurrent_dropout": 0.3, "recurrent_dropout_per_step": True}),
+            ("LSTM", "recurrent dropout, dropconnect, regularized", 4,
+             {"recurrent_dropout": 0.3, "recurrent_dropconnect": 0.3, **REGULARIZED}),
+            ("SimpleRNN", "layer_norm", 2, {"layer_norm": True}),
+            ("GRU", "reset before", 2, {"reset_after": False}),
+            ("GRU", "layer_norm", 2, {"layer_norm": True}),
+            ("GRU", "clip, cell_clip", 2, {"clip": 0.7, "cell_clip": 0.4}),
+            ("IndRNN", "", 2, {"activation": "tanh"}),
+            ("SLSTM", "", 8, {}),
+            ("RNN", "own cell, projected", 4, {"cell": projected, "projection": 5}),
+        ]
+    ],
+    Case("Bidirectional", "one direction used", {"units": 7}, outputs=1,
+         make=lambda **o: both_ways("LSTM", None, **SEQ, **o)),
     *of_rows(
         "Dense",
         ("", {"units": 3}, (5, 4)),
@@ -333,6 +462,13 @@ def numbered(layer: Any) -> dict[str, nl.Variable]:
     return {f"{k} {variable.name}": variable for k, variable in enumerate(layer.weights)}
 
 
+def state_widths(layer: Any) -> tuple[int, ...]:
+    """Columns of each state; of both directions, if there are two."""
+    if isinstance(layer, nl.Bidirectional):
+        return layer.forward_layer.state_widths + layer.backward_layer.state_widths
+    return layer.state_widths
+
+
 def layer_question(case: Case) -> Question:
     """The layer's float inputs, weights and initial states as leaves, all its outputs and penalties as
     result."""
@@ -342,9 +478,6 @@ def layer_question(case: Case) -> Question:
     shapes = [] if integer else case.inputs if many else [case.inputs]
     leaves = {f"x{k}": draw.standard_normal(shape) for k, shape in enumerate(shapes)}
     groups = dict.fromkeys(leaves, "input")
-    for k in range(case.states):
-        leaves[f"state{k}"] = draw.standard_normal((shapes[0][0], case.options["units"])) * 0.5
-        groups[f"state{k}"] = "state"
 
     def make(dtype: str) -> Any:
         nl.set_seed(3)
@@ -354,6 +487,10 @@ def layer_question(case: Case) -> Question:
         return layer
 
     first = case.inputs if integer else list(leaves.values())[: len(shapes)] if many else leaves["x0"]
+    for k, width in enumerate(state_widths(make("float64")) if case.states else ()):
+        leaves[f"state{k}"] = draw.standard_normal((shapes[0][0], width)) * 0.5
+        groups[f"state{k}"] = "state"
+    assert sum(group == "state" for group in groups.values()) == case.states
     for name, variable in numbered(make("float64")).items():
         # off their starting values, so that no bias is zero and no scale one
         leaves[name] = (
@@ -389,7 +526,16 @@ def layer_question(case: Case) -> Question:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
 def test_layer(case, record):
-    check(layer_question(case), record)
+    question = layer_question(case)
+    if case.on_cpu:
+        check(question, record)
+        return
+    exact, _ = gradients_of(question, "float64", "reference")
+    least = 1e-2 * max(np.abs(g).max() for g in exact.values())
+    for name, gradient in exact.items():
+        error = numerical_error(question, name, gradient, least)
+        record(question.row, "numeric", question.groups[name], error)
+        assert error <= question.numeric_bound, f"{name} against numerical differentiation: {error:.1e}"
 
 
 # ---------------------------------------------------------------------------------------------- losses

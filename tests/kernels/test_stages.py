@@ -175,6 +175,10 @@ def after_projection(a, h, u):
     return project(a) * u + a
 
 
+def mixed_widths(a, h):
+    return project(a * h)
+
+
 def number(a, h):
     return normalize(1.0) + a
 
@@ -192,6 +196,8 @@ def of_parameter(a, u):
         (split_gate, {"gates": "a", "split": "a", "recurrent": ()}, "split, but have no recurrent part"),
         (inner_projection, {"gates": "a", "state": ("h", "c")}, "only the first state, the output"),
         (after_projection, {"gates": "a"}, "nothing can follow but the output"),
+        (mixed_widths, {"gates": "a"}, "the old output h has fewer units than the cell"),
+        (lambda a, h: project(normalize(a, h)[0]), {"gates": "a"}, "the old output h has fewer units"),
         (number, {"gates": "a"}, "normalize: expected traced values"),
         (of_parameter, {"gates": "a"}, r"normalize\(\) takes values that the cell computes"),
         (number, {"gates": "a", "recurrent": "b"}, "recurrent names"),

@@ -194,6 +194,67 @@ def test_stateful(x):
     close(layer(x[:, :3])[1], first[0][0])
 
 
+def test_both_directions_are_one_call_of_the_backend(x, holes, monkeypatch):
+    backend, calls = nl.get_backend(), []
+    for name in ("sequence_forward", "sequence_forward_pair", "sequence_backward_pair"):
+        served = getattr(backend, name)
+        spy = lambda *a, name=name, served=served, **o: (calls.append(name), served(*a, **o))[1]
+        monkeypatch.setattr(backend, name, spy, raising=False)
+    layer, _ = made(x, return_sequences=True)
+    with GradientTape() as tape:
+        loss = (layer(x, mask=holes) ** 2).sum()
+    tape.gradient(loss, layer.trainable_weights)
+    assert calls == ["sequence_forward_pair", "sequence_backward_pair"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.3, "recurrent_dropout": 0.3, "recurrent_dropconnect": 0.3, "zoneout": 0.3},
+        {"activity_regularizer": "l2", "kernel_regularizer": "l1", "return_state": True},
+        {"remat_steps": 2, "recurrent_dropout": 0.3, "recurrent_dropout_per_step": True},
+    ],
+    ids=str,
+)
+def test_one_call_is_the_two_layers_one_after_the_other(x, holes, options):
+    layer, _ = made(x, None, return_sequences=True, **options)
+    nl.set_seed(7)
+    with GradientTape() as tape:
+        results = layer(x, mask=holes, training=True)
+        penalties = layer.losses
+        loss = sum((r * r).sum() for r in [*results, *penalties])
+    gradients = tape.gradient(loss, layer.trainable_weights)
+    nl.set_seed(7)
+    with GradientTape() as tape:
+        pair, penalties_apart = [], []
+        for one in (layer.forward_layer, layer.backward_layer):
+            first, *states = nl.layers.base.flat(one(x, mask=holes, training=True))
+            first = nl.ops.flip(first, 1) if one.go_backwards else first
+            pair.append([first * holes[..., None].astype("float32"), *states])
+            penalties_apart.append(one.losses)
+        apart = [pair[0][0], pair[1][0], *pair[0][1:], *pair[1][1:]]
+        loss = sum((r * r).sum() for r in [*apart, *penalties_apart[0], *penalties_apart[1]])
+    assert sorted(float(p) for p in penalties) == sorted(float(p) for two in penalties_apart for p in two)
+    for ours, theirs in zip(results, apart, strict=True):
+        assert np.array_equal(ours.numpy(), theirs.numpy())
+    for a, b in zip(gradients, tape.gradient(loss, layer.trainable_weights), strict=True):
+        close(a, b)
+
+
+def test_a_layer_with_a_call_of_its_own_is_called(x):
+    class Doubled(nl.LSTM):
+        def call(self, inputs, initial_state=None, mask=None, training=False):
+            return super().call(inputs, initial_state, mask, training) * 2
+
+    nl.set_seed(0)
+    layer = nl.Bidirectional(Doubled(H, return_sequences=True))
+    y = layer(x)
+    plain = nl.Bidirectional(nl.LSTM(H, return_sequences=True))
+    plain.ensure_built(x.shape)
+    plain.set_weights(layer.get_weights())
+    assert np.array_equal(y.numpy(), 2 * plain(x).numpy())
+
+
 def test_dropout_thins_each_direction_by_itself():
     nl.set_seed(0)
     simple = nl.SimpleRNN(I, activation="linear", use_bias=False, dropout=0.5, return_sequences=True)

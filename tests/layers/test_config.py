@@ -16,6 +16,12 @@ def _gated(i, g, h, scale):
     return h + nl.sigmoid(i) * (nl.tanh(g) * scale - h)
 
 
+@nl.cell(gates="ab", state=("h", "m"), recurrent="a")
+def _thinner(a, b, m):
+    m = nl.sigmoid(a) * m + nl.tanh(b)
+    return project(m), m  # noqa: F821 (a word of the cell language)
+
+
 SEQUENCE = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
 VECTOR = SEQUENCE[:, 0]
 RECURRENT = {
@@ -32,6 +38,10 @@ RECURRENT = {
     "bias_constraint": "non_neg",
     "dropout": 0.25,
     "recurrent_dropout": 0.5,
+    "recurrent_dropout_per_step": True,
+    "recurrent_dropconnect": 0.25,
+    "cell_clip": 0.6,
+    "remat_steps": 3,
     "return_sequences": True,
     "go_backwards": True,
     "stateful": True,
@@ -39,6 +49,16 @@ RECURRENT = {
     "trainable": False,
     "dtype": "float64",
     "input_shape": (None, 3),
+}
+
+
+# One weight a unit, and no recurrent product.
+BY_UNIT = {
+    **RECURRENT,
+    "recurrent_dropout": 0.0,
+    "recurrent_dropout_per_step": False,
+    "recurrent_initializer": "ones",
+    "recurrent_constraint": nl.constraints.MaxNorm(1.5, axis=()),
 }
 
 
@@ -58,20 +78,55 @@ EXAMPLES = {
         (lambda: nl.LSTM(4, "relu", "hard_sigmoid", unit_forget_bias=False, **RECURRENT), SEQUENCE),
         (lambda: nl.LSTM(4, return_state=True, return_cell_sequence=True), SEQUENCE),
         (
-            lambda: nl.LSTM(4, peephole=True, coupled=True, cell_clip=0.2, zoneout=(0.1, 0.2), **RECURRENT),
+            lambda: nl.LSTM(4, peephole=True, coupled=True, zoneout=(0.1, 0.2), **RECURRENT),
             SEQUENCE,
         ),
+        (
+            lambda: nl.LSTM(
+                *(5, "elu(alpha=0.5)", "hard_sigmoid(alpha=0.2)"),
+                output_activation="softsign",
+                coupled="input",
+                clip=2.0,
+                layer_norm=True,
+                projection=3,
+                projection_initializer="ones",
+                projection_regularizer="l2",
+                projection_constraint="non_neg",
+                **RECURRENT,
+            ),
+            SEQUENCE,
+        ),
+        (lambda: nl.LSTM(4, projection=3, return_state=True, return_cell_sequence=True), SEQUENCE),
         (lambda: nl.LSTM(4, peephole=True, zoneout=0.3), SEQUENCE),
     ],
     "GRU": [
         (lambda: nl.GRU(4, "relu", "hard_sigmoid", zoneout=0.1, **RECURRENT), SEQUENCE),
+        (lambda: nl.GRU(4, reset_after=False, clip=2.0, **RECURRENT), SEQUENCE),
+        (lambda: nl.GRU(4, layer_norm=True), SEQUENCE),
         (lambda: nl.GRU(4), SEQUENCE),
     ],
     "SimpleRNN": [
-        (lambda: nl.SimpleRNN(4, "relu", **RECURRENT), SEQUENCE),
+        (lambda: nl.SimpleRNN(4, "relu", clip=2.0, layer_norm=True, **RECURRENT), SEQUENCE),
         (lambda: nl.SimpleRNN(4), SEQUENCE),
     ],
-    "RNN": [(lambda: nl.RNN(_gated, 4, parameter_initializer="ones", **RECURRENT), SEQUENCE)],
+    "IndRNN": [
+        (
+            lambda: nl.IndRNN(4, "tanh", layer_norm=True, **BY_UNIT),
+            SEQUENCE,
+        ),
+        (lambda: nl.IndRNN(4), SEQUENCE),
+    ],
+    "SLSTM": [
+        (
+            lambda: nl.SLSTM(4, unit_forget_bias=False, layer_norm=True, **{**RECURRENT, "cell_clip": None}),
+            SEQUENCE,
+        ),
+        (lambda: nl.SLSTM(4, return_state=True, return_cell_sequence=True), SEQUENCE),
+    ],
+    "RNN": [
+        (lambda: nl.RNN(_gated, 4, parameter_initializer="ones", layer_norm=True, **RECURRENT), SEQUENCE),
+        (lambda: nl.RNN(_thinner, 4, projection=2, projection_initializer="ones"), SEQUENCE),
+    ],
     "Bidirectional": [
         (
             lambda: nl.Bidirectional(

@@ -360,11 +360,6 @@ def test_bad_options(options, message):
         nl.LSTM(**options)
 
 
-def test_reset_before_is_refused():
-    with pytest.raises(ValueError, match="reset_after"):
-        nl.GRU(4, reset_after=False)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
