@@ -26,7 +26,7 @@ from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import Windows, fused_family, tile1, tile2
 from .plan import get, share
 from .simd import (
-    JIT_OPTIONS,
+    INNER_OPTIONS,
     VECTOR_BYTES,
     load,
     load_int,
@@ -191,7 +191,7 @@ def columns(cell: Cell, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def tile_rows(left):
     """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
     if left >= 2 * TILE_ROWS or left == TILE_ROWS:
@@ -199,7 +199,7 @@ def tile_rows(left):
     return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def pack_columns(source, row, rows, H, blocks, gates, width, columns, out, shard, shards):
     """(rows, row) -> [block][rows][gates width]: the gates' columns of each block of units side by side, padded with 0."""
     first, last = share(blocks, shard, shards)
@@ -212,7 +212,7 @@ def pack_columns(source, row, rows, H, blocks, gates, width, columns, out, shard
                     store(z + q * 4, load_n(a + q * 4, H - u * width - q))
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, row, shard, shards):
     """The reverse of `pack_columns`."""
     first, last = share(rows, shard, shards)
@@ -225,7 +225,7 @@ def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, row, sha
                     store_n(z + q * 4, load(a + q * 4), H - u * width - q)
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def pack_transposed(source, row, rows, H, gates, columns, out, shard, shards):
     """(rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors LANES], padded with 0."""
     vectors = (rows + LANES - 1) // LANES
@@ -410,7 +410,7 @@ def loops(lay: Layout, forward_tile: Any, text: str) -> Loops:
     made = []
     for function in (pack, input_product, forward_step, pack_back, dx_step, closing, unpack):
         function.__qualname__ = unique_name(function.__name__, repr(lay) + text)
-        made.append(njit(**JIT_OPTIONS)(function))
+        made.append(njit(**INNER_OPTIONS)(function))
     return Loops(*made)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from .simd import I64, JIT_OPTIONS, operation, pointer
+from .simd import I64, INNER_OPTIONS, operation, pointer
 
 __all__ = ["SIGNATURE", "get", "make_plan", "share"]
 
@@ -26,7 +26,7 @@ def get(b, plan, place):
     return b.load(pointer(b, b.add(plan, b.mul(place, I64(8))), I64), align=8)
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def share(total, shard, shards):
     """First and one past the last of this shard's part of range(total)."""
     return total * shard // shards, total * (shard + 1) // shards

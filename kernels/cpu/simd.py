@@ -28,6 +28,8 @@ JIT_OPTIONS: dict[str, Any] = {
     "fastmath": set(FLAGS),
     "boundscheck": False,
 }
+# For functions that only kernels call: what Python would need to call them is not compiled.
+INNER_OPTIONS: dict[str, Any] = {**JIT_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, VECTOR_INT = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)

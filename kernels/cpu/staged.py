@@ -45,7 +45,7 @@ from .math import sqrt
 from .microkernel import plain_families, tile1
 from .plan import SIGNATURE, get, share
 from .simd import (
-    JIT_OPTIONS,
+    INNER_OPTIONS,
     VECTOR_BYTES,
     K,
     horizontal_sum,
@@ -260,20 +260,20 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
 # Rows normalised
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def place(entry, t, b):
     """The address of row b of a vector's step t."""
     at = ((t + load_int(entry + 24)) & load_int(entry + 32)) * load_int(entry + 8)
     return load_int(entry) + at + b * load_int(entry + 16)
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def gradient_place(entry, t, b):
     """The address of row b of a vector's gradient at step t."""
     return load_int(entry) + ((t + load_int(entry + 24)) & 1) * load_int(entry + 8) + b * load_int(entry + 16)
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def normalize_rows(table, t, b0, b1, B):
     """Rows b0 to b1 of a group of vectors to mean 0 and variance 1 over all its units, in sums of one fixed order."""
     count, units, factors = load_int(table), load_int(table + 8), load_int(table + 16)
@@ -305,7 +305,7 @@ def normalize_rows(table, t, b0, b1, B):
                 store(z + q * 4, (load_n(a + q * 4, units - q) - mean) * factor)
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def normalize_rows_back(table, t, b0, b1, B):
     """From the gradients of normalised rows to those of what was normalised: d = f (d' - mean(d') - y mean(d' y))."""
     count, units, factors = load_int(table), load_int(table + 8), load_int(table + 16)
@@ -373,7 +373,7 @@ def _products_back(lay: Layout, text: str) -> Any:
                 b += m
 
     source_step.__qualname__ = unique_name("source_step", repr(lay) + text)
-    return njit(**JIT_OPTIONS)(source_step)
+    return njit(**INNER_OPTIONS)(source_step)
 
 
 def _driver_text(cell: Cell) -> str:
@@ -447,7 +447,7 @@ def _driver_text(cell: Cell) -> str:
     return "\n".join(forward) + "\n\n" + "\n".join(backward) + "\n"
 
 
-@njit(**JIT_OPTIONS)
+@njit(**INNER_OPTIONS)
 def share_panels(vectors, shard, shards):
     """A thread's share of so many vectors, in whole panels of TILE_COLUMNS."""
     first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)

@@ -10,7 +10,7 @@ from numba import njit
 from ..derive import Cell
 from . import math as vector_math
 from .cache import unique_name
-from .simd import JIT_OPTIONS, K, keep_n, load, load_byte, load_int, load_n, store, store_n
+from .simd import INNER_OPTIONS, K, keep_n, load, load_byte, load_int, load_n, store, store_n
 
 __all__ = ["aux_rows", "inline", "tile_functions"]
 
@@ -56,4 +56,4 @@ def tile_functions(name: str, source: str) -> list[Any]:
     tiles = [scope["forward_tile"], scope["backward_tile"]]
     for tile in tiles:
         tile.__qualname__ = unique_name(tile.__name__, source)
-    return [njit(**JIT_OPTIONS)(tile) for tile in tiles]
+    return [njit(**INNER_OPTIONS)(tile) for tile in tiles]

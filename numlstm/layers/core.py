@@ -17,6 +17,7 @@ from numlstm.autograd import Tensor
 from numlstm.layers.base import (
     Layer,
     Shape,
+    call_options,
     checked_shape,
     fraction,
     from_config,
@@ -318,8 +319,12 @@ class Activation(Layer):
 
 @registry.register()
 class TimeDistributed(Layer):
-    """A layer applied to each time step by itself: (batch, time, ...) to (batch, time, ...). A mask goes
-    through.
+    """A layer applied to each time step by itself: (batch, time, ...) to (batch, time, ...).
+
+    A mask goes through, and the layer inside is told of it if it heeds masks: a step that is left out is a row
+    that is left out, with all its steps where the rows are sequences. The mask of a batch of sequences of
+    sequences, (batch, time, inner time), as an `Embedding(mask_zero=True)` of such ids gives it, goes on as it is
+    behind a layer that keeps the inner time; behind one that does not, a step counts if anything in it did.
 
     >>> TimeDistributed(Dense(2))(np.ones((4, 5, 3))).shape
     (4, 5, 2)
@@ -341,12 +346,28 @@ class TimeDistributed(Layer):
     def check_input(self, inputs: Tensor) -> None:
         """The layer inside checks for itself."""
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         """Every step becomes a row of one large batch."""
         batch, time = inputs.shape[:2]
         rows = inputs.reshape((batch * time, *inputs.shape[2:]))
+        if mask is not None and (mask.ndim > 2 or self._heeds_masks()):
+            rows.mask = self._mask_of_rows(rows, mask)
         outputs = self.layer(rows)
-        return outputs.reshape((batch, time, *outputs.shape[1:]))
+        result = outputs.reshape((batch, time, *outputs.shape[1:]))
+        if mask is not None and mask.ndim > 2:
+            kept = outputs.mask is not None and outputs.mask.ndim > 1
+            result.mask = mask if kept else mask.any(axis=-1)
+        return result
+
+    def _heeds_masks(self) -> bool:
+        return "mask" in call_options(type(self.layer))[0] or self.layer.has_children()
+
+    def _mask_of_rows(self, rows: Tensor, mask: np.ndarray) -> np.ndarray:
+        """(rows,) for rows that are vectors, (rows, inner time) for rows that are sequences."""
+        flat = mask.reshape(len(rows), *mask.shape[2:])
+        if rows.ndim > 2 and flat.ndim == 1:
+            return np.repeat(flat[:, None], rows.shape[1], axis=1)
+        return flat
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """The time axis stays; the rest is up to the layer inside."""
