@@ -1,11 +1,12 @@
 # One command each, from a fresh clone, with Python >= 3.11 and make:
 #   make demo         train an LSTM on Shakespeare and read what it writes (about a minute and a half)
 #   make test         ruff and the tests
-#   make test-peers   the tests against PyTorch too (installs it)
+#   make test-peers   the tests against PyTorch, Keras and ONNX Runtime (installs them)
 # PYTHON=python3.12 picks another interpreter, VENV=... another environment.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+KERAS ?= keras==3.15.1
 PYTEST_ARGS ?=
 
 # The first interpreter that runs, is new enough and can make an environment.
@@ -31,6 +32,8 @@ demo: $(VENV)/.stamp-demo
 test: lint
 	$(RUN) -m pytest -m "not peers" $(PYTEST_ARGS)
 
+# Keras takes its backend from there when it is imported; the comparison needs gradients, so PyTorch.
+test-peers: export KERAS_BACKEND = torch
 test-peers: $(VENV)/.stamp-peers
 	$(RUN) -m pytest -m peers $(PYTEST_ARGS)
 
@@ -60,8 +63,10 @@ $(VENV)/.stamp-test: pyproject.toml $(VENV)/.stamp-venv
 	$(RUN) -m pip install --quiet --editable ".[test]"
 	@$(STAMP)
 
+# Keras at a fixed version, as the comparison changes a table private to it (tests/conformance/keras_live.py).
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet "$(KERAS)" --editable ".[peers]"
 	@$(STAMP)
 
 clean:

@@ -87,6 +87,10 @@ class Model(Trainer, Layer):
         for layer in self.recurrent_layers():
             layer.reset_states(rows)
 
+    def reset_state(self, rows: Any = None) -> None:
+        """`reset_states` under Keras 3's name."""
+        self.reset_states(rows)
+
     def carry_states(self, carry: bool) -> None:
         """Let all recurrent layers go on from their last states (True), or start from zeros again (False)."""
         for layer in self.recurrent_layers():

@@ -129,6 +129,7 @@ class Stream:
         self._states[k] = tuple(np.array(f.numpy()) for f in final)
         if not layer.return_sequences:
             return final[0]
+        outputs = layer.shown(outputs, x.mask)
         outputs.mask = x.mask
         return outputs
 

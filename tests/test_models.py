@@ -256,6 +256,10 @@ def test_states_of_stateful_layers():
     )
     model.reset_states(rows=[0])
     assert (model.layers[0].states[0][0] == 0).all() and (model.layers[0].states[0][1] != 0).any()
+    model.reset_state(rows=[1])  # Keras 3's name
+    assert (model.layers[0].states[0][1] == 0).all() and (model.layers[0].states[0][2] != 0).any()
+    model.reset_state()
+    assert model.layers[0].states is None
 
 
 def test_carrying_states_for_a_while():

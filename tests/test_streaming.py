@@ -32,6 +32,8 @@ def models():
             [nl.Masking(0.0, input_shape=(None, I)), nl.LSTM(5, return_sequences=True), nl.LSTM(3)]
         ),
     )
+    zeroed = nl.LSTM(5, return_sequences=True, zero_output_for_mask=True)
+    yield "masked outputs", nl.Sequential([nl.Masking(0.0, input_shape=(None, I)), zeroed, nl.Dense(2)])
     yield (
         "nested",
         nl.Sequential([nl.Sequential([nl.LSTM(5, return_sequences=True)]), nl.LSTM(4), nl.Dense(1)], **start),

@@ -3,8 +3,8 @@
 
 Two layers of equal options, but for the direction, and each with weights of its own, run in one call of the
 backend; the second one's outputs are turned round in time, so that both speak of the same step where they are
-merged. With a mask, the steps that
-it leaves out have outputs of zero, unlike those of a recurrent layer by itself, which repeat the last.
+merged. With a mask, the steps that it leaves out have outputs of zero, unlike those of a recurrent layer by itself,
+which repeat the last unless it has `zero_output_for_mask`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,12 @@ class Bidirectional(Layer):
     and the like are the layer's.
 
     Arguments:
-        layer: a recurrent layer, not built; two copies of it are made, `forward_<name>` and `backward_<name>`.
+        layer: a recurrent layer, not built; two copies of it are made, `forward_<name>` and `backward_<name>`,
+            which reads the other way. With `go_backwards=True` it is the first that reads the time axis from its
+            end, and the outputs of all steps (and their mask) come in its order, as without Bidirectional.
         merge_mode: how the two outputs become one: "concat" along the features, "sum", "mul", "ave", or None
             for both, in a list.
-        backward_layer: in place of the second copy, with `go_backwards=True`.
+        backward_layer: in place of the second copy; its `go_backwards` is the other of the layer's.
 
     Raises:
         ValueError: not a recurrent layer, an unknown merge mode, or two layers that don't go together.
@@ -64,17 +66,17 @@ class Bidirectional(Layer):
         self.merge_mode = merge_mode
         self.forward_layer = copied(layer, "forward")
         if backward_layer is None:
-            self.backward_layer = copied(layer, "backward", go_backwards=True)
+            self.backward_layer = copied(layer, "backward", go_backwards=not layer.go_backwards)
         else:
             self.backward_layer = checked_layer("backward_layer", backward_layer)
         self._check_pair()
 
     def _check_pair(self) -> None:
         forward, backward = self.forward_layer, self.backward_layer
-        if forward.go_backwards or not backward.go_backwards:
+        if forward.go_backwards == backward.go_backwards:
             raise ValueError(
-                f"go_backwards: expected False of layer and True of backward_layer, got {forward.go_backwards} "
-                f"and {backward.go_backwards}"
+                f"go_backwards: expected True of one of layer and backward_layer and False of the other, got "
+                f"{forward.go_backwards} and {backward.go_backwards}"
             )
         for option in ("return_sequences", "return_state", "stateful"):
             a, b = getattr(forward, option), getattr(backward, option)
@@ -115,6 +117,10 @@ class Bidirectional(Layer):
         """Forget the kept states: of all rows, or of those given (an index, indices, or a bool mask)."""
         self.forward_layer.reset_states(rows)
         self.backward_layer.reset_states(rows)
+
+    def reset_state(self, rows: Any = None) -> None:
+        """`reset_states` under Keras 3's name."""
+        self.reset_states(rows)
 
     def rank_hint(self, shape: Sequence[int | None]) -> str:
         """What a person who forgot an axis most likely wants."""
@@ -163,7 +169,7 @@ class Bidirectional(Layer):
         return states[: len(forward)], states[len(forward) :]
 
     def _run(self, inputs: Tensor, starts: tuple[Any, Any], mask: Any, training: bool) -> list[list[Tensor]]:
-        """Each direction's output in the order of the inputs, then its states asked for."""
+        """Each direction's output in the forward layer's order, then its states asked for."""
         layers = (self.forward_layer, self.backward_layer)
         if all(type(layer).call is Recurrent.call and type(layer).run is Recurrent.run for layer in layers):
             found = self._run_together(inputs, starts, mask, training)
@@ -183,7 +189,7 @@ class Bidirectional(Layer):
             questions.append(layer.question(inputs, start, mask, training))
         found = []
         for layer, answer in zip(layers, ops.recurrent_pair(*questions), strict=True):
-            results = layer.results(*answer)
+            results = layer.results(*answer, mask)
             if layer.activity_regularizer is not None:
                 for output in flat(results):
                     layer.add_loss(layer.activity_regularizer(output))
@@ -191,13 +197,14 @@ class Bidirectional(Layer):
         return found
 
     def _as_read(self, layer: Recurrent, results: Any, mask: Any) -> list[Tensor]:
-        """The output of one direction in the order of the inputs, then the states asked for."""
+        """The output of one direction in the forward layer's order, then the states asked for."""
         output, *states = flat(results)
         if layer.return_sequences:
-            if layer.go_backwards:
+            if layer is not self.forward_layer:
                 output = ops.flip(output, axis=1)
             if mask is not None:
-                output = output * Tensor(mask[..., None].astype(self.dtype))
+                valid = self.compute_mask(None, mask)
+                output = output * Tensor(valid[..., None].astype(self.dtype))
         return [output, *states]
 
     def _merge(self, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -213,8 +220,8 @@ class Bidirectional(Layer):
         return [ops.reshape(a, a.shape), ops.reshape(b, b.shape)]  # tensors of our own, to carry our mask
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        """With `return_sequences` the mask goes on as it came."""
-        return mask if self.return_sequences else None
+        """With `return_sequences` the mask goes on, in the order of the outputs."""
+        return self.forward_layer.compute_mask(inputs, mask)
 
     def compute_output_shape(self, input_shape: Shape) -> Any:
         """The merged output's shape, in a list if there are other results."""

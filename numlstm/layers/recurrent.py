@@ -5,7 +5,7 @@ over a whole sequence; a new layer is a cell and its constructor. Inputs are (ba
 in Keras' layout: `kernel (features, gates * units)`, `recurrent_kernel (units, gates * units)`, `bias (gates
 * units)`, `projection (units, outputs)` if there is one, the gains of `layer_norm`, then the cell's per-unit
 parameters. Gate order: LSTM i f g o (f g o or i g o when coupled), GRU r z n, sLSTM i f z o. A masked step keeps
-every state, so its output is a repeat.
+every state, so its output is a repeat, or zero with `zero_output_for_mask`.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +51,8 @@ class Recurrent(Layer):
         return_state: a list of the output and every last state (batch, units).
         go_backwards: read the time axis from its end; outputs (and their mask) come in the order of
             processing.
+        zero_output_for_mask: with `return_sequences` and a mask, the outputs of masked steps are zero in place of
+            repeats of the last; the states still stay as they are.
         stateful: start each batch from the last states of the one before; `reset_states` forgets them.
         remat_steps: in training, keep the states at every so many steps only, and compute what else the
             gradient needs a second time (Chen et al. 2016): memory for time / remat_steps + remat_steps steps,
@@ -89,6 +91,7 @@ class Recurrent(Layer):
         return_sequences: bool = False,
         return_state: bool = False,
         go_backwards: bool = False,
+        zero_output_for_mask: bool = False,
         stateful: bool = False,
         remat_steps: int | None = None,
         **options: Any,
@@ -120,6 +123,7 @@ class Recurrent(Layer):
         self.return_sequences = bool(return_sequences)
         self.return_state = bool(return_state)
         self.go_backwards = bool(go_backwards)
+        self.zero_output_for_mask = bool(zero_output_for_mask)
         self.stateful = bool(stateful)
         self.remat_steps = None if remat_steps is None else positive("remat_steps", remat_steps)
         self.carry = (
@@ -299,7 +303,7 @@ class Recurrent(Layer):
 
         Returns the output, or with `return_state` a list: the output, then the last states.
         """
-        return self.results(*ops.recurrent(**self.question(inputs, initial_state, mask, training)))
+        return self.results(*ops.recurrent(**self.question(inputs, initial_state, mask, training)), mask)
 
     def question(
         self, inputs: Tensor, initial_state: Any = None, mask: Any = None, training: bool = False
@@ -311,19 +315,26 @@ class Recurrent(Layer):
         return self.arguments(inputs, state, mask, training)
 
     def results(
-        self, outputs: Tensor, final: tuple[Tensor, ...], others: tuple[Tensor, ...] | None
+        self, outputs: Tensor, final: tuple[Tensor, ...], others: tuple[Tensor, ...] | None, mask: Any = None
     ) -> Tensor | list[Tensor]:
         """What `call` gives, from what `ops.recurrent` gives; the last states are kept if they are wanted."""
         if self.stateful or self.carry:
             self.states = tuple(
                 np.array(f.numpy()) for f in final
             )  # copies: free of the tape and of larger arrays
-        result = [outputs if self.return_sequences else final[0]]
+        result = [self.shown(outputs, mask) if self.return_sequences else final[0]]
         if self.return_state:
             result += final
         if self.return_cell_sequence and others:
             result.append(others[0])
         return result if len(result) > 1 else result[0]
+
+    def shown(self, outputs: Tensor, mask: Any) -> Tensor:
+        """The outputs of all steps as they are given: with `zero_output_for_mask`, zero where masked."""
+        if mask is None or not self.zero_output_for_mask:
+            return outputs
+        valid = mask[:, ::-1] if self.go_backwards else mask  # in the order of processing, as the outputs are
+        return outputs * Tensor(valid[..., None].astype(self.dtype))
 
     def run(
         self, inputs: Tensor, state: Any, mask: Any, training: bool = False
@@ -428,6 +439,10 @@ class Recurrent(Layer):
             index = checked_rows(rows, self.states[0].shape[0])
             for state in self.states:
                 state[index] = 0
+
+    def reset_state(self, rows: Any = None) -> None:
+        """`reset_states` under Keras 3's name."""
+        self.reset_states(rows)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """With `return_sequences` the mask goes on, in the order of the outputs."""

@@ -32,7 +32,12 @@ def in_keras_order(kind: str, weight: np.ndarray, units: int) -> np.ndarray:
 def keras_layer(q: Question, dtype: str) -> Any:
     """Not built."""
     layer = getattr(keras.layers, q.kind)(q.H, **q.options, dtype=dtype)
-    return layer if q.mode == ONE_WAY else keras.layers.Bidirectional(layer, q.mode, dtype=dtype)
+    if q.mode == ONE_WAY:
+        return layer
+    # by itself Keras makes a second layer that reads backwards, whichever way the first does
+    other = {**q.options, "go_backwards": not q.backwards}
+    backward = getattr(keras.layers, q.kind)(q.H, **other, name="backward", dtype=dtype)
+    return keras.layers.Bidirectional(layer, q.mode, backward_layer=backward, dtype=dtype)
 
 
 def theirs(q: Question, given: dict[str, Any], dtype: str = "float64") -> dict[str, np.ndarray]:

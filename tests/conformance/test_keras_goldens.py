@@ -75,6 +75,7 @@ class Case(NamedTuple):
 
 LONG, SHORT, WIDE = (3, 6, 4), (2, 4, 3), (2, 3, 4)
 BACK, SEQUENCE, BEFORE = {"go_backwards": True}, {"return_sequences": True}, {"reset_after": False}
+ZEROED = {"return_sequences": True, "zero_output_for_mask": True}
 LENGTHS = [[True, True, True, False], [True, True, False, False]]
 HOLES = [[True, True, False, True], [True, False, False, True]]
 H0, H0_WIDE = ramp(2, 2), ramp(2, 4)  # states to begin with
@@ -112,6 +113,11 @@ CASES = [
         mask=LENGTHS,
     ),
     Case(
+        f"{LSTM}::test_masking", nl.LSTM, 2, ZEROED, SHORT,
+        [[0.01588910, 0.05552048, 0.11755939, 0.0], [0.14185596, 0.28556206, 0.0, 0.0]],
+        mask=LENGTHS,
+    ),
+    Case(
         f"{LSTM}::test_masking", nl.LSTM, 2, BACK, SHORT, [0.15341201, 0.3844719],
         mask=[[False, True, True, True], [False, False, True, True]],
     ),
@@ -142,6 +148,11 @@ CASES = [
         ],
         mask=HOLES,
     ),
+    Case(
+        f"{GRU}::test_masking", nl.GRU, 2, ZEROED, SHORT,
+        [[0.03606692, 0.09497581, 0.0, 0.19393763], [0.16051409, 0.0, 0.0, 0.30818558]],
+        mask=HOLES,
+    ),
     Case(f"{GRU}::test_masking", nl.GRU, 2, BACK, SHORT, [0.11669192, 0.28380975], mask=HOLES),
     Case(f"{ELMAN}::test_correctness", nl.SimpleRNN, 4, {}, WIDE, [0.405432, 0.73605347]),
     Case(f"{ELMAN}::test_correctness", nl.SimpleRNN, 4, BACK, WIDE, [0.11144729, 0.5528889]),
@@ -163,6 +174,11 @@ CASES = [
         [[0.0599281, 0.15122814, 0.15122814, 0.32394567], [0.3969304, 0.3969304, 0.3969304, 0.608085]],
         mask=HOLES,
     ),
+    Case(
+        f"{ELMAN}::test_masking", nl.SimpleRNN, 2, ZEROED, SHORT,
+        [[0.0599281, 0.15122814, 0.0, 0.32394567], [0.3969304, 0.0, 0.0, 0.608085]],
+        mask=HOLES,
+    ),
     Case(f"{ELMAN}::test_masking", nl.SimpleRNN, 4, BACK, SHORT, [0.07376196, 0.43645123], mask=HOLES),
 ]  # fmt: skip
 
@@ -174,7 +190,7 @@ def test_recurrent_layer(case, backend, dtype):
     given = {k: v for k, v in {"mask": case.mask, "initial_state": case.states}.items() if v is not None}
     with nl.use_backend(backend):
         for _ in range(2 if layer.stateful else 1):  # Keras' tests ask again after forgetting the states
-            layer.reset_states()
+            layer.reset_state()  # Keras 3's name
             for _ in range(case.calls):
                 output = layer(ramp(*case.x), **given)
             agree(output, case.answer, None if case.whole else case.units)
@@ -234,7 +250,7 @@ def test_both_directions_go_on_from_their_last_states(backend, dtype):
             output = layer(ramp(*SHORT))
             agree(output[:, :2], [0.26234663, 0.6137073], 2)
             agree(output[:, 2:], [0.16959146, 0.5381646], 2)
-            layer.reset_states()
+            layer.reset_state()
 
 
 @on_backends

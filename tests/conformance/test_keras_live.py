@@ -51,7 +51,6 @@ flags = st.tuples(st.booleans(), st.booleans(), st.booleans())
 @given(kinds, sizes, st.sampled_from(["", "holes"]), st.sampled_from([ONE_WAY, ONE_WAY, *MERGE_MODES]), flags)
 def test_any_layer(kind, sizes, pattern, mode, flags):
     sequences, backwards, starts = flags
-    backwards &= mode == ONE_WAY  # a Bidirectional's layer reads forwards
     q = Question(kind[0], *sizes, pattern, mode, sequences, backwards, starts, reset_after=kind[1])
     agree(
         q, single=2e-5

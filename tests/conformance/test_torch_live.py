@@ -23,8 +23,8 @@ from oracle import SEQUENCES, Sequence, inputs  # noqa: E402
 from test_torch_recorded import our_sequence  # noqa: E402
 
 
-def largest(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.max(np.abs(ours - theirs), initial=0) / max(np.max(np.abs(theirs), initial=0), 1e-3))
+def largest(ours: np.ndarray, theirs: np.ndarray, typical: float) -> float:
+    return float(np.max(np.abs(ours - theirs), initial=0) / max(np.max(np.abs(theirs), initial=0), typical))
 
 
 def agree(s: Sequence, backend: str, dtype: type, bound: float) -> None:
@@ -32,7 +32,10 @@ def agree(s: Sequence, backend: str, dtype: type, bound: float) -> None:
     theirs = torch_oracle.sequence(s, numbers, torch.float64)
     with nl.use_backend(backend):
         ours = our_sequence(s, numbers, dtype)
-    errors = {name: largest(ours[name], theirs[name]) for name in theirs}
+    # a gradient that all but vanishes, as a single saturated unit's, is held to a hundredth of the largest
+    of_gradients = 1e-2 * max(np.max(np.abs(a), initial=0) for name, a in theirs.items() if name[0] == "d")
+    floor = lambda name: of_gradients if name[0] == "d" else 1e-3
+    errors = {name: largest(ours[name], theirs[name], floor(name)) for name in theirs}
     assert max(errors.values()) <= bound, {k: f"{v:.1e}" for k, v in errors.items()}
 
 

@@ -44,6 +44,7 @@ RECURRENT = {
     "remat_steps": 3,
     "return_sequences": True,
     "go_backwards": True,
+    "zero_output_for_mask": True,
     "stateful": True,
     "name": "named",
     "trainable": False,
@@ -130,7 +131,7 @@ EXAMPLES = {
     "Bidirectional": [
         (
             lambda: nl.Bidirectional(
-                nl.LSTM(4, peephole=True, zoneout=(0.1, 0.2), **{**RECURRENT, "go_backwards": False}),
+                nl.LSTM(4, peephole=True, zoneout=(0.1, 0.2), **RECURRENT),
                 "ave",
                 name="both",
                 trainable=False,

@@ -189,6 +189,43 @@ def test_go_backwards(x, holes):
     )  # the outputs come in the order of processing, and so does their mask
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    "make", [nl.LSTM, nl.GRU, nl.SimpleRNN, nl.IndRNN, nl.SLSTM, lambda n, **o: nl.RNN(cells.elman("tanh"), n, **o)]
+)  # fmt: skip
+def test_masked_outputs_of_zero(x, holes, make, backwards):
+    options = {"return_sequences": True, "return_state": True, "go_backwards": backwards}
+    repeating, zeroed = make(4, **options), make(4, **options, zero_output_for_mask=True)
+    y, *states = repeating(x, mask=holes)
+    zeroed.ensure_built(x.shape)
+    zeroed.set_weights(repeating.get_weights())
+    found, *others = zeroed(x, mask=holes)
+    read = holes[:, ::-1] if backwards else holes  # the outputs are in the order of processing
+    assert np.array_equal(found.numpy(), np.where(read[..., None], y.numpy(), 0))
+    assert y.numpy()[~read].any() and np.array_equal(found.mask, read)
+    for a, b in zip(states, others, strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+    assert np.array_equal(zeroed(x)[0].numpy(), repeating(x)[0].numpy())  # no mask, nothing to leave out
+
+
+def test_the_last_output_stays_where_masked_ones_are_zero(x):
+    """As Keras says: the option counts with `return_sequences` only."""
+    layer, w = made(nl.LSTM, x, zero_output_for_mask=True)
+    layer.return_sequences = False
+    mask = np.arange(x.shape[1]) < np.array([2, 3, 1])[:, None]
+    close(layer(x, mask=mask), lstm(w, x, mask=mask)[0][:, -1])
+
+
+def test_reset_state_is_reset_states(x):
+    """Keras 3's name."""
+    layer, _ = made(nl.LSTM, x, stateful=True)
+    layer(x)
+    layer.reset_state([1])
+    assert not layer.states[0][1].any() and layer.states[0][0].any()
+    layer.reset_state()
+    assert layer.states is None
+
+
 def test_stateful_goes_on_where_it_stopped(x):
     layer, w = made(nl.LSTM, x, stateful=True)
     ys = lstm(w, x)[0]
