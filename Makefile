@@ -7,7 +7,7 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 KERAS ?= keras==3.15.1
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 # The first interpreter that runs, is new enough and can make an environment.
 ifndef PYTHON
