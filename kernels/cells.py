@@ -245,10 +245,22 @@ def gru(
         z, n = gate(z), squash(preactivation("n", gate(r) * h))
         return held((1 - z) * n + z * h)
 
+    def gru_before_layer_norm(
+        r_x, z_x, n_x, r_h, z_h, gx_r, gx_z, gx_n, gh_r, gh_z, gh_n, bx_r, bx_z, bx_n, h
+    ):  # fmt: skip
+        r_x, z_x, n_x = normalize(r_x, z_x, n_x)
+        r_h, z_h = normalize(r_h, z_h)  # the candidate's product is another, and normalised by itself
+        r, z = gate(gx_r * r_x + bx_r + gh_r * r_h), gate(gx_z * z_x + bx_z + gh_z * z_h)
+        n_h = normalize(preactivation("n", r * h))
+        n = squash(gx_n * n_x + bx_n + gh_n * n_h)
+        return held((1 - z) * n + z * h)
+
     if not reset_after:
-        if layer_norm:
-            raise ValueError("layer_norm: expected reset_after=True with it, got reset_after=False")
-        return cell(gates="rzn")(gru_before)
+        return (
+            cell(gates="rzn", split="rzn")(gru_before_layer_norm)
+            if layer_norm
+            else cell(gates="rzn")(gru_before)
+        )
     made = cell(gates="rzn", split="n")(gru)
     return _normalized(made) if layer_norm else made
 

@@ -280,7 +280,7 @@ def _across(op: str, values: Sequence[Any], value: Any = None) -> Symbol:
 
 
 def preactivation(gate: str, v: Any) -> Symbol:
-    """The pre-activation of `gate` with v in the place of h: W x + R v + b, v's units multiplied by R."""
+    """The pre-activation of `gate` with v in the place of h: W x + R v + b; of a gate in `split`, its part R v."""
     if not isinstance(gate, str):
         raise TraceError(f"preactivation(gate, v): expected a gate's name, got {gate!r}")
     return _across("preactivation", [v], gate)
@@ -677,16 +677,17 @@ class _Cutter:
         cell, placed = self.cell, {}
         for n in self.graph.nodes:
             if n.op == "preactivation" and n in self.live:
-                if n.value not in pre or not cell._in_one(n.value):
+                name = n.value + "_h" if n.value in cell.split else n.value
+                if n.value not in cell.recurrent:
                     raise self.fail(
-                        f"preactivation({n.value!r}, v): expected a gate that is in `recurrent` and not in `split`; "
-                        f"the gates are {cell.gates}"
+                        f"preactivation({n.value!r}, v): expected a gate that the recurrence feeds, got one of none of "
+                        f"{cell.recurrent}"
                     )
-                if n.value in self.leaf or n.value in placed.values():
+                if name in self.leaf or name in placed.values():
                     raise self.fail(
-                        f"gate {n.value} is computed twice: one argument, or one preactivation(), is enough"
+                        f"gate {name} is computed twice: one argument, or one preactivation(), is enough"
                     )
-                placed[n] = n.value
+                placed[n] = name
         for name in pre:
             if name in placed.values():
                 continue

@@ -53,7 +53,8 @@ class Remat:
         **others: Any,
     ) -> Forward:
         """Run the sequence; see sequence.py. `states` is None unless `keep_states`: as long as h each, they are what is
-        saved here. Without `training` this is the module's own forward pass.
+        saved here. Without `training` this is the module's own forward pass; and a module that can keep pieces by
+        itself (`recomputes`) is left to do so, with weights packed and gradients summed once for all pieces.
 
         Raises:
             ValueError: an array's shape does not fit the others.
@@ -65,6 +66,9 @@ class Remat:
         }  # fmt: skip
         if not training:
             return self.serving.forward(**over_time, **fixed, state=state, training=False)
+        by_itself = getattr(self.serving, "recomputes", None)
+        if by_itself is not None and by_itself(cell) and not keep_states:
+            return self.serving.forward(**over_time, **fixed, state=state, training=True, steps=self.steps)
         pieces = [slice(t, min(t + self.steps, T)) for t in range(0, T, self.steps)]
         starts, h, states, final = [], None, None, state
         for piece in pieces:
@@ -95,6 +99,8 @@ class Remat:
         Raises:
             ValueError: the residual has been used, or a gradient's shape does not fit.
         """
+        if not isinstance(residual, _Residual):  # the module's own
+            return self.serving.backward(residual, dh, dfinal, need_dx=need_dx, dstates=dstates)
         if residual.pieces is None:
             raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
         pieces, T = residual.pieces, residual.T

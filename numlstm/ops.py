@@ -39,6 +39,7 @@ __all__ = [
     "cos",
     "divide",
     "dropout",
+    "dropout_mask",
     "elu",
     "embedding",
     "exp",
@@ -801,11 +802,21 @@ def dropout(
         raise ValueError(f"shape: {of_mask} came for the mask, which does not broadcast to x's {x.shape}")
     if not rate:
         return x
-    stream = random.next_stream()
-    mask = get_backend(like=x.data).dropout_mask(
-        of_mask, rate, random.seed() if seed is None else seed, stream, x.dtype
-    )
+    mask = dropout_mask(of_mask, rate, x.dtype, seed=seed, like=x.data)
     return apply(x.data * mask, (x, lambda dy: dy * mask))
+
+
+def dropout_mask(
+    shape: Sequence[int], rate: float, dtype: Any, *, seed: int | None = None, like: Array | None = None
+) -> Array:
+    """What dropout multiplies by: 0 with probability `rate`, else 1 / (1 - rate); the library's next random numbers.
+
+    >>> dropout_mask((2, 3), 0.5, "float32").shape
+    (2, 3)
+    """
+    stream = random.next_stream()
+    backend = get_backend(like=like)
+    return backend.dropout_mask(tuple(shape), rate, random.seed() if seed is None else seed, stream, dtype)
 
 
 # Recurrent sequences

@@ -12,14 +12,15 @@ Beside what layout.py describes:
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from ..derive import Cell, Stage
 from ..sequence import Forward, Gradients
 from . import threads
-from .cache import compile_kernel
+from .cache import compile_kernel, unique_name
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import (
     Layout,
@@ -36,12 +37,14 @@ from .layout import (
 )
 from .microkernel import plain_families, tile1
 from .plan import SIGNATURE, get, share
-from .simd import VECTOR_BYTES, load, load_int, load_n, store, zero_bytes
+from .simd import INNER_OPTIONS, VECTOR_BYTES, load, load_int, load_n, store, zero_bytes
 from .threads import barrier
 from .tiles import aux_rows, inline, tile_functions
 from .workspace import aligned, carve
 
 __all__ = ["prepare", "prepare_back"]
+
+PLAN_BYTES = 8 * len(P)
 
 
 def tile_source(cell: Cell) -> str:
@@ -64,7 +67,7 @@ def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"    ci = {field(P.STATES)} + t * step + b * hp4 + at; co = ci + step",
         f"    e = {field(P.EXTRA)} + (u * TB + r) * {lay.extra * wb}; w = {field(P.PARAMS)} + at",
         f"    H = {field(P.H)}; first = u * {lay.width}; aux = {field(P.AUX)}; mask = {field(P.MASK)}",
-        f"    masked = mask != 0 and t + 1 < {field(P.T)}; mask_row = {field(P.MASK_B)}",
+        f"    masked = mask != 0 and t + 1 < {field(P.MASK_STEPS)}; mask_row = {field(P.MASK_B)}",
         f"    mask += (t + 1) * {field(P.MASK_T)} + b * mask_row + at; fed = {field(P.FED)} + (r + B) * hp4 + at",
         *aux_rows(cell, "+ at"),
         "    for m in range(rows):",
@@ -186,108 +189,167 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     return "\n".join(o) + "\n"
 
 
-def _drivers(lay: Layout, forward_tile: Any, backward_tile: Any, text: str) -> tuple[Any, Any]:
-    """The passes over time that a cell's tiles stand in."""
+class Drivers(NamedTuple):
+    """The passes over time that a cell's tiles stand in; (p, shard, shards) each, p the plans of PIECES pieces."""
+
+    forward: Any
+    backward: Any
+    backward_again: Any  # runs each piece forward before it goes back
+
+
+def _drivers(lay: Layout, others: int, forward_tile: Any, backward_tile: Any, text: str) -> Drivers:
+    """The passes of a cell with `others` states beside h; `text` is what its tiles were made from."""
     parts = loops(lay, forward_tile, text)
     pack, input_product, forward_step = parts.pack, parts.input_product, parts.forward_step
     pack_back, dx_step, closing, unpack = parts.pack_back, parts.dx_step, parts.closing, parts.unpack
     NP, GH = lay.pre, lay.h_gates
-    ROW, VB, COLUMNS = NP * lay.width * 4, VECTOR_BYTES, TILE_COLUMNS
+    WB, ROW, VB, COLUMNS = lay.width * 4, NP * lay.width * 4, VECTOR_BYTES, TILE_COLUMNS
+    SCRATCH = TILE_ROWS * max(ROW, COLUMNS * VB)
     NH = NP - GH  # pre-activations that the recurrence does not feed
 
-    def forward(p, shard, shards):
+    def steps(p, shard, shards, met):
+        # All steps forward; `met` counts the barriers that this thread has passed.
         T, B, blocks, flags = get(p, P.T), get(p, P.B), get(p, P.BLOCKS), get(p, P.FLAGS)
-        scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * ROW)
-        pack(p, shard, shards)
-        barrier(flags, shard, shards, 1)
+        scratch = get(p, P.SCRATCH) + shard * SCRATCH
         b0, b1 = share(B, shard, shards)
         u0, u1 = 0, blocks
         units_split = get(p, P.UNITS_SPLIT)
         if units_split != 0:
             b0, b1 = 0, B
             u0, u1 = share(blocks, shard, shards)
+        if get(p, P.START) != 0:  # each thread copies the states that it alone will read
+            hp4 = get(p, P.HP) * 4
+            for k in range(others):
+                for b in range(b0, b1):
+                    source = get(p, P.START) + k * get(p, P.START_SLOT) + b * hp4
+                    target = get(p, P.STATES) + k * get(p, P.STATE_SLOT) + b * hp4
+                    for q in range(u0 * WB, u1 * WB, VB):
+                        store(target + q, load(source + q))
         if get(p, P.APART) != 0:
             input_product(p, u0, u1)
         for t in range(T):
             forward_step(p, t, b0, b1, u0, u1, scratch)
             if units_split != 0:
-                barrier(flags, shard, shards, t + 2)
+                met += 1
+                barrier(flags, shard, shards, met)
+        return met
 
-    def backward(p, shard, shards):
-        T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
-        hp4, flags, rt, dx, d = HP * 4, get(p, P.FLAGS), get(p, P.RT), get(p, P.DX), get(p, P.D)
-        plain, zeros, ds, d_row = get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.DSTATE), NP * H * 4
-        s, mask = get(p, P.SCRATCH) + shard * (TILE_ROWS * max(ROW, COLUMNS * VB)), get(p, P.MASK)
-        pack_back(p, shard, shards)
-        barrier(flags, shard, shards, 1)
-        # the steps, last to first; at t = -1 only what leaves the first step is left to do
-        b0, b1 = share(B, shard, shards)
-        v0, v1 = 0, HP // LANES
-        x0, x1 = 0, (I + LANES - 1) // LANES
-        units_split = get(p, P.UNITS_SPLIT)
-        if units_split != 0:
-            b0, b1 = 0, B
-            v0, v1 = share((v1 + COLUMNS - 1) // COLUMNS, shard, shards)
-            x0, x1 = share((x1 + COLUMNS - 1) // COLUMNS, shard, shards)
-            v0, v1 = v0 * COLUMNS, min(v1 * COLUMNS, HP // LANES)
-            x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
-        real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
-        for t in range(T - 1, -2, -1):
-            after = d + ((t + 1) & 1) * B * d_row
-            for v in range(v0, v1, COLUMNS):
-                n = min(COLUMNS, v1 - v)
-                width = min(COLUMNS, real - v)
-                b = b0
-                while b < b1:
-                    m = tile_rows(b1 - b)
-                    if t == T - 1 or width < n:
-                        zero_bytes(s, m * n * VB)
-                    if t < T - 1 and width > 0:
-                        tile1(
-                            load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
-                            after + b * d_row + NH * H * 4, d_row, 4, GH * H,
-                            rt + v * VB * (GH * H), width * VB, zeros, 0, s, n * VB,
-                        )  # fmt: skip
-                    if t >= 0:
-                        backward_tile(p, s, n * VB, m, t, b, v, n)
-                    else:
-                        for k in range(m):
-                            for q in range(n):
-                                a, through = ds + (b + k) * hp4 + (v + q) * VB, load(s + (k * n + q) * VB)
-                                if mask != 0:
-                                    row = mask + (b + k) * get(p, P.MASK_B)
-                                    through = through * load_n(row + (v + q) * VB, H - (v + q) * LANES)
-                                store(a, load(a) + through)
-                    b += m
-            if dx != 0 and t < T - 1:
-                dx_step(p, t + 1, after, b0, b1, x0, x1, s)
-            if units_split != 0:
-                barrier(flags, shard, shards, 2 + T - 1 - t)
-        barrier(flags, shard, shards, T + 4)
-        closing(p, shard, shards)
-        barrier(flags, shard, shards, T + 5)
-        unpack(p, shard, shards)
+    steps.__qualname__ = unique_name("steps", repr((lay, others)) + text)
+    steps = njit(**INNER_OPTIONS)(steps)
 
-    return forward, backward
+    def forward(p, shard, shards):
+        met = 1
+        pack(p, shard, shards)
+        barrier(get(p, P.FLAGS), shard, shards, met)
+        for j in range(get(p, P.PIECES)):
+            met = steps(p + j * PLAN_BYTES, shard, shards, met)
+
+    def backward_of(RECOMPUTE):
+        def backward(p, shard, shards):
+            met = 1
+            pack_back(p, shard, shards)
+            barrier(get(p, P.FLAGS), shard, shards, met)
+            for j in range(get(p, P.PIECES) - 1, -1, -1):
+                piece = p + j * PLAN_BYTES
+                if RECOMPUTE:  # a constant: without it nothing of the forward pass is compiled here
+                    met = steps(piece, shard, shards, met) + 1
+                    barrier(get(p, P.FLAGS), shard, shards, met)
+                # the steps, last to first; at t = -1 only what leaves the first step is left to do
+                T, B, I, H, HP = (
+                    get(piece, P.T),
+                    get(piece, P.B),
+                    get(piece, P.I),
+                    get(piece, P.H),
+                    get(piece, P.HP),
+                )
+                hp4, flags, rt, dx, d = (
+                    HP * 4,
+                    get(piece, P.FLAGS),
+                    get(piece, P.RT),
+                    get(piece, P.DX),
+                    get(piece, P.D),
+                )
+                plain, zeros, ds, d_row = (
+                    get(piece, P.PLAIN),
+                    get(piece, P.ZEROS),
+                    get(piece, P.DSTATE),
+                    NP * H * 4,
+                )
+                s, mask = get(piece, P.SCRATCH) + shard * SCRATCH, get(piece, P.MASK)
+                b0, b1 = share(B, shard, shards)
+                v0, v1 = 0, HP // LANES
+                x0, x1 = 0, (I + LANES - 1) // LANES
+                units_split = get(piece, P.UNITS_SPLIT)
+                if units_split != 0:
+                    b0, b1 = 0, B
+                    v0, v1 = share((v1 + COLUMNS - 1) // COLUMNS, shard, shards)
+                    x0, x1 = share((x1 + COLUMNS - 1) // COLUMNS, shard, shards)
+                    v0, v1 = v0 * COLUMNS, min(v1 * COLUMNS, HP // LANES)
+                    x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
+                real = (
+                    H + LANES - 1
+                ) // LANES  # vectors that hold a unit; a block's other vectors are padding
+                for t in range(T - 1, -2, -1):
+                    after = d + ((t + 1) & 1) * B * d_row
+                    for v in range(v0, v1, COLUMNS):
+                        n = min(COLUMNS, v1 - v)
+                        width = min(COLUMNS, real - v)
+                        b = b0
+                        while b < b1:
+                            m = tile_rows(b1 - b)
+                            if t == T - 1 or width < n:
+                                zero_bytes(s, m * n * VB)
+                            if t < T - 1 and width > 0:
+                                tile1(
+                                    load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
+                                    after + b * d_row + NH * H * 4, d_row, 4, GH * H,
+                                    rt + v * VB * (GH * H), width * VB, zeros, 0, s, n * VB,
+                                )  # fmt: skip
+                            if t >= 0:
+                                backward_tile(piece, s, n * VB, m, t, b, v, n)
+                            else:
+                                for k in range(m):
+                                    for q in range(n):
+                                        a, through = (
+                                            ds + (b + k) * hp4 + (v + q) * VB,
+                                            load(s + (k * n + q) * VB),
+                                        )
+                                        if mask != 0:
+                                            row = mask + (b + k) * get(piece, P.MASK_B)
+                                            through = through * load_n(
+                                                row + (v + q) * VB, H - (v + q) * LANES
+                                            )
+                                        store(a, load(a) + through)
+                            b += m
+                    if dx != 0 and t < T - 1:
+                        dx_step(piece, t + 1, after, b0, b1, x0, x1, s)
+                    if units_split != 0:
+                        met += 1
+                        barrier(flags, shard, shards, met)
+                met += 1
+                barrier(flags, shard, shards, met)
+                closing(piece, shard, shards)
+                met += 1
+                barrier(flags, shard, shards, met)
+            unpack(p, shard, shards)
+
+        return backward
+
+    return Drivers(forward, backward_of(False), backward_of(True))
 
 
 @cache
-def _functions(cell: Cell) -> tuple[str, Any, Any]:
-    """Tile source and the two driver functions, not yet compiled."""
-    source = tile_source(cell)
-    return source, *_drivers(Layout.of(cell.stages[0]), *tile_functions(cell.name, source), source)
+def _functions(cell: Cell) -> tuple[str, Drivers]:
+    """Tile source and the driver functions, not yet compiled."""
+    source, others = tile_source(cell), len(cell.state) - 1
+    return source, _drivers(Layout.of(cell.stages[0]), others, *tile_functions(cell.name, source), source)
 
 
 @cache
-def forward_kernel(cell: Cell) -> Any:
-    source, function, _ = _functions(cell)
-    return compile_kernel(function, f"{cell.name}_forward", source, SIGNATURE)
-
-
-@cache
-def backward_kernel(cell: Cell) -> Any:
-    source, _, function = _functions(cell)
-    return compile_kernel(function, f"{cell.name}_backward", source, SIGNATURE)
+def compiled(cell: Cell, driver: str) -> Any:
+    """One of the cell's drivers, by its name."""
+    source, drivers = _functions(cell)
+    return compile_kernel(getattr(drivers, driver), f"{cell.name}_{driver}", source, SIGNATURE)
 
 
 @cache
@@ -301,13 +363,20 @@ def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
-    shards: int, units: bool, apart: bool, at_once: int,
+    shards: int, units: bool, apart: bool, at_once: int, steps: int | None,
 ) -> Prepared:  # fmt: skip
-    """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
+    """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
+
+    With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
+    """
     T, B, I, H, _ = shape
     lay = Layout.of(cell.stages[0])
     W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
-    HP, slots = blocks * W, T + 1 if training else 1
+    again = training and steps is not None
+    length = min(steps, T) if again else T
+    pieces = -(-T // length)
+    HP, slots = blocks * W, pieces + 1 if again else T + 1 if training else 1
+    saving = training and not again  # in this pass
     fused, x_column, h_column = _tables(cell)
     inputs = [x, kernel, recurrent_kernel]
     plan = [0] * len(P)
@@ -323,9 +392,9 @@ def prepare(
         P.RP: blocks * H * lay.h_gates * W,
         P.STATES: (S - 1) * slots * B * HP,
     }
-    if training or apart:
-        rest[P.GATES] = blocks * T * B * lay.pre * W
-    if training:
+    if saving or apart:
+        rest[P.GATES] = blocks * length * B * lay.pre * W
+    if saving:
         rest[P.EXTRA] = blocks * T * B * lay.extra * W
     slab, at = carve(plan, zeroed, rest)
     hs = aligned((T + 1, B, HP))
@@ -345,19 +414,19 @@ def prepare(
         fed = aligned((T, B, HP))
         fed[0, :, :H] = hs[0, :, :H] * mask[0]
         inputs.append(fed)
+    tables: dict[P, np.ndarray] = {}
     if aux:
-        steps = [by_step(a, (T, B, H)) for a in aux]
-        table = np.array([(a.ctypes.data, *a.strides[:2]) for a in steps], np.int64)
-        inputs += [*steps, table]
-        plan[P.AUX] = table.ctypes.data
+        by_steps = [by_step(a, (T, B, H)) for a in aux]
+        table = np.array([(a.ctypes.data, *a.strides[:2]) for a in by_steps], np.int64)
+        inputs += by_steps
+        tables[P.AUX], plan[P.AUX] = table, table.ctypes.data
     plan[: P.APART + 1] = T, B, I, H, H, HP, blocks, units, apart
     plan[P.FED_T], plan[P.FED_B] = B * HP * 4, HP * 4
+    plan[P.PIECES] = 1
+    plan[P.X_GATES], plan[P.H_GATES] = lay.x_gates, lay.h_gates
     plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
-    plan[P.TRAINING], plan[P.STATE_SLOT], plan[P.STATE_STEP] = (
-        training,
-        slots * B * HP * 4,
-        B * HP * 4 * training,
-    )
+    plan[P.TRAINING], plan[P.MASK_STEPS] = saving, T
+    plan[P.STATE_SLOT], plan[P.STATE_STEP] = slots * B * HP * 4, B * HP * 4 * saving
     if bias is not None:
         inputs.append(bias)
         plan[P.BIAS] = bias.ctypes.data
@@ -370,17 +439,55 @@ def prepare(
     ):  # fmt: skip
         plan[place] = array.ctypes.data
 
+    packed = np.array(plan, np.int64)
+    if again:
+        packed, moved = _pieces(packed, T, length, tables)
+        inputs.append(moved)
+        packed[:, P.START] = plan[P.STATES] + np.arange(pieces) * B * HP * 4
+        packed[:, P.START_SLOT] = plan[P.STATE_SLOT]
+        packed[:, P.STATES] = packed[:, P.START] + B * HP * 4
+
     def finish() -> Forward:
         final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
         if not training:
+            inputs.clear()  # they were in use until here
             return Forward(hs[1:, :, :H], final, None, None)
         residual = Residual(
-            cell=cell, shape=(T, B, H, H), plan=plan, inputs=inputs, slab=slab, hs=hs, flags=at[P.FLAGS],
+            cell=cell, shape=(T, B, H, H), plan=plan, inputs=inputs, tables=tables, slab=slab, hs=hs, flags=at[P.FLAGS],
             has_bias=bias is not None, shards=shards, at_once=at_once, inner=(I, HP, blocks),
+            starts=packed if again else None,
         )  # fmt: skip
-        return Forward(hs[1:, :, :H], final, tuple(cs[k, 1:, :, :H] for k in range(S - 1)), residual)
+        states = None if again else tuple(cs[k, 1:, :, :H] for k in range(S - 1))
+        return Forward(hs[1:, :, :H], final, states, residual)
 
-    return Prepared(forward_kernel(cell), np.array(plan, np.int64), shards, finish)
+    return Prepared(compiled(cell, "forward"), packed, shards, finish)
+
+
+def _pieces(
+    plan: np.ndarray, T: int, length: int, tables: dict[P, np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A plan for each piece of `length` steps out of T: what lies at the sequence's first step moves on to the piece's.
+
+    `tables` are those whose rows are an address, bytes between steps and bytes between rows, by their places in the plan;
+    the pieces' own are given back, to be kept alive.
+    """
+    first = np.arange(0, T, length)
+    plans, B = np.tile(plan, (len(first), 1)), plan[P.B]
+    plans[:, P.T], plans[:, P.PIECES] = np.minimum(length, T - first), len(first)
+    plans[:, P.MASK_STEPS] -= first
+    row, features = plan[P.FED_T], 4 * B * plan[P.I]
+    for place, step in {
+        P.X: features, P.VALID: B, P.MASK: plan[P.MASK_T], P.FED: row, P.STATE_H: row, P.DX: features, P.DY: plan[P.DY_T],
+    }.items():  # fmt: skip
+        if plan[place]:
+            plans[:, place] += first * step
+    kept = []
+    for place, table in tables.items():
+        moved = np.tile(table, (len(first), 1, 1))
+        moved[:, :, 0] += np.where(table[:, 0] != 0, first[:, None] * table[:, 1], 0)
+        plans[:, place] = moved.ctypes.data + np.arange(len(first)) * table.nbytes
+        kept.append(moved)
+    return plans, kept
 
 
 def prepare_back(
@@ -401,6 +508,12 @@ def prepare_back(
         P.DPARAMS: NP * B * HP,
     }
     rest = {P.D: 2 * B * lay.pre * H, P.RT: lay.h_gates * H * -(-H // LANES) * LANES}
+    again = residual.starts is not None
+    if again:  # the saved values and the states of a piece
+        length = int(residual.starts[0, P.T])
+        rest[P.GATES] = blocks * length * B * lay.pre * lay.width
+        rest[P.EXTRA] = blocks * length * B * lay.extra * lay.width
+        rest[P.STATES] = (S - 1) * (length + 1) * B * HP
     if need_dx:
         rest[P.WT] = lay.x_gates * H * -(-I // LANES) * LANES
     slab, at = carve(plan, zeroed, rest)
@@ -422,6 +535,14 @@ def prepare_back(
     flags = residual.flags
     residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
     kept = [dh, *later]  # what the plan points into
+    packed = np.array(plan, np.int64)
+    if again:
+        packed[P.TRAINING], packed[P.STATE_STEP] = 1, B * HP * 4
+        packed[P.STATE_SLOT] = (length + 1) * B * HP * 4
+        packed, moved = _pieces(packed, T, length, {**residual.tables, P.DSTATES: later[0]})
+        kept += moved
+        for place in (P.START, P.START_SLOT):
+            packed[:, place] = residual.starts[:, place]
 
     def finish() -> Gradients:
         kept.clear()
@@ -435,4 +556,5 @@ def prepare_back(
         del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step
         return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))
 
-    return Prepared(backward_kernel(cell), np.array(plan, np.int64), residual.shards, finish)
+    driver = "backward_again" if again else "backward"
+    return Prepared(compiled(cell, driver), packed, residual.shards, finish)

@@ -23,7 +23,7 @@ from numba import njit
 from ..derive import Cell, Stage
 from .cache import unique_name
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .microkernel import Windows, fused_family, tile1, tile2
+from .microkernel import TRANSPOSE, Windows, fused_family, tile1, tile2, transpose
 from .plan import get, share
 from .simd import (
     INNER_OPTIONS,
@@ -35,7 +35,6 @@ from .simd import (
     store,
     store_n,
     store_scalar,
-    transpose_block,
     zero_bytes,
 )
 
@@ -80,6 +79,8 @@ class P(IntEnum):
     VALID = auto()  # bytes [T B]; 0: all steps are valid
     X_COLUMN = auto()  # for each gate fed by the input, its place among the weights' columns
     H_COLUMN = auto()
+    X_GATES = auto()  # how many of each; to unroll loops over them costs LLVM a second, and gains nothing
+    H_GATES = auto()
     X_ROW = auto()  # columns of the whole weights
     H_ROW = auto()
     WP = auto()
@@ -119,6 +120,11 @@ class P(IntEnum):
     DKERNEL = auto()
     DRECURRENT = auto()
     DPARAMS = auto()  # [param][B][HP]
+    MASK_STEPS = auto()  # how many steps from this plan's first one the recurrent mask goes on
+    # Only where saved values are computed again (fused.py), with a plan for each piece of the sequence:
+    PIECES = auto()
+    START = auto()  # the states after h as the piece begins, and bytes between them
+    START_SLOT = auto()
     # Only for sequences of several stages (staged.py), each with a plan of its own:
     VECTORS = auto()  # table of the vectors that the stage reads, then of those it writes
     GRADIENTS = auto()  # table of their gradients
@@ -227,7 +233,7 @@ def unpack_columns(packed, rows, H, blocks, gates, width, columns, out, row, sha
 
 
 @njit(**INNER_OPTIONS)
-def pack_transposed(source, row, rows, H, gates, columns, out, shard, shards):
+def pack_transposed(source, row, rows, H, gates, columns, out, by_block, shard, shards):
     """(rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors LANES], padded with 0.
 
     In blocks of LANES by LANES: float by float it took a fifth of a short sequence's backward pass."""
@@ -248,7 +254,7 @@ def pack_transposed(source, row, rows, H, gates, columns, out, shard, shards):
             for c in range(0, whole, LANES):
                 for k in range(0, H, LANES):
                     u = min(k, H - LANES)  # the last block may overlap the one before
-                    transpose_block(a + (c * row + u) * 4, row * 4, z + (u * width + c) * 4, width * 4)
+                    transpose(by_block, a + (c * row + u) * 4, row * 4, z + (u * width + c) * 4, width * 4)
             for c in range(whole, here):
                 for u in range(H):
                     store_scalar(z + (u * width + c) * 4, load_scalar(a + (c * row + u) * 4))
@@ -334,12 +340,14 @@ def loops(lay: Layout, forward_tile: Any, text: str) -> Loops:
                 b += m
 
     def pack_back(p, shard, shards):
-        I, H, K, x_row, h_row = get(p, P.I), get(p, P.H), get(p, P.K), get(p, P.X_ROW), get(p, P.H_ROW)
-        pack_transposed(get(p, P.RECURRENT), h_row, K, H, GH, get(p, P.H_COLUMN), get(p, P.RT), shard, shards)
-        if get(p, P.DX) != 0:
-            pack_transposed(
-                get(p, P.KERNEL), x_row, I, H, GX, get(p, P.X_COLUMN), get(p, P.WT), shard, shards
-            )
+        I, H, by_block = get(p, P.I), get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE)
+        # One call in a loop: LLVM would work through two of them twice.
+        source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
+        of_gate, out = get(p, P.H_COLUMN), get(p, P.RT)
+        for _ in range(2 if get(p, P.DX) != 0 else 1):
+            pack_transposed(source, row, rows, H, gates, of_gate, out, by_block, shard, shards)
+            source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), I, get(p, P.X_GATES)
+            of_gate, out = get(p, P.X_COLUMN), get(p, P.WT)
 
     def dx_step(p, t, d, b0, b1, x0, x1, s):
         B, I, H, dx, wt, zeros = (

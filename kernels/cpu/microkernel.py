@@ -21,11 +21,12 @@ from numba import types
 
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .simd import F32, I64, VECTOR, VECTOR_BYTES, broadcast, fma, operation, pointer
+from .simd import F32, I64, VECTOR, VECTOR_BYTES, VECTOR_INT, broadcast, fma, operation, pointer
 
-__all__ = ["Windows", "fused_family", "plain_families", "tile1", "tile2"]
+__all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "tile1", "tile2", "transpose"]
 
 VERSION = 1
+TRANSPOSE = 8 * TILE_COLUMNS * TILE_ROWS  # where its address is in the table of `plain_families`, in bytes
 Windows = tuple[tuple[int, int], ...]  # for each product, the columns it adds to: first and one past the last
 
 PRODUCT_ARGUMENTS = 6  # A, bytes between its rows, bytes between its k, how many k, B, bytes between its k
@@ -100,11 +101,41 @@ def _add_product(
         sums[key] = phi
 
 
+def _transpose(module: ir.Module) -> ir.Function:
+    """LANES rows of LANES floats, a step of bytes apart, to their transpose: at stage s, rows s apart swap lanes s apart."""
+    name = f"numlstm_transpose_l{LANES}_v{VERSION}"
+    if name in module.globals:
+        return module.globals[name]
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 4), name)
+    f.linkage = "linkonce_odr"
+    f.attributes.add("noinline")
+    source, source_step, target, target_step = f.args
+    b = ir.IRBuilder(f.append_basic_block())
+    at = lambda base, step, k: pointer(b, b.add(base, b.mul(step, I64(k))), VECTOR)
+    rows = [b.load(at(source, source_step, k), align=4) for k in range(LANES)]
+    s = LANES // 2
+    while s:
+        first = ir.Constant(VECTOR_INT, [k if not k & s else LANES + k - s for k in range(LANES)])
+        second = ir.Constant(VECTOR_INT, [k + s if not k & s else LANES + k for k in range(LANES)])
+        for k in range(LANES):
+            if not k & s:
+                x, y = rows[k], rows[k + s]
+                rows[k], rows[k + s] = b.shuffle_vector(x, y, first), b.shuffle_vector(x, y, second)
+        s //= 2
+    for k, row in enumerate(rows):
+        b.store(row, at(target, target_step, k), align=4)
+    b.ret_void()
+    return f
+
+
 def _table(name: str, shapes: tuple[tuple[int, Windows], ...]) -> np.ndarray:
-    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape."""
+    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape, and in
+    one row more that of the transposition."""
 
     @operation("0(i)")
     def write(b, table):
+        address = b.ptrtoint(_transpose(b.module), I64)
+        b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * TILE_ROWS)), I64), align=8)
         for s, (columns, windows) in enumerate(shapes):
             for m in range(TILE_ROWS):
                 address = b.ptrtoint(_tile(b.module, m + 1, columns, windows), I64)
@@ -113,7 +144,7 @@ def _table(name: str, shapes: tuple[tuple[int, Windows], ...]) -> np.ndarray:
     def fill(table):
         write(table)
 
-    table = np.zeros((len(shapes), TILE_ROWS), np.int64)
+    table = np.zeros((len(shapes) + 1, TILE_ROWS), np.int64)
     kernel = compile_kernel(fill, name, repr(shapes), types.void(types.int64))
     kernel(table.ctypes.data)
     _KEEP_LOADED.append(kernel)
@@ -131,13 +162,19 @@ def fused_family(columns: int, windows: Windows) -> np.ndarray:
 
 @cache
 def plain_families() -> np.ndarray:
-    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS."""
+    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then TRANSPOSE."""
     return _table("tiles_plain", tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1)))
 
 
 def _call_tile(b: ir.IRBuilder, address: Any, *args: Any) -> None:
     function_type = ir.FunctionType(ir.VoidType(), [I64] * len(args))
     b.call(b.inttoptr(address, function_type.as_pointer()), args)
+
+
+@operation("0(iiiii)")
+def transpose(b, address, *args):
+    """Call the transposition at `address`: source, bytes between its rows, target, bytes between its rows."""
+    _call_tile(b, address, *args)
 
 
 @operation("0(" + "i" * (1 + PRODUCT_ARGUMENTS + LAST_ARGUMENTS) + ")")

@@ -56,6 +56,12 @@ def _apart(shards: int, units: bool, B: int, I: int) -> bool:
     return (units or shards == 1) and 2 * B <= TILE_ROWS and I >= APART_FROM
 
 
+def recomputes(cell: Cell) -> bool:
+    """Whether `forward` takes `steps`: to keep, in training, the states at every so many steps only, and have the backward
+    pass compute the saved values again, a piece at a time, with weights packed and gradients summed once for all."""
+    return len(cell.stages) == 1
+
+
 def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
     """Which kernel runs this shape, in words."""
     shards, units = _split(cell, T, B, I, H)
@@ -82,8 +88,11 @@ def forward(
     aux: tuple[np.ndarray, ...] = (),
     recurrent_mask: np.ndarray | None = None,
     projection: np.ndarray | None = None,
+    steps: int | None = None,
 ) -> Forward:
     """Run the sequence in float32; see ../sequence.py for arguments, shapes and meaning.
+
+    `steps`: see `recomputes`.
 
     Raises:
         ValueError: an array's shape does not fit the others.
@@ -96,7 +105,7 @@ def forward(
     [0.7616, 0.7616, 0.7616]
     """
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
-    options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection}
+    options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection, "steps": steps}
     return _run([_prepare(*arguments, training=training, **options)])[0]
 
 
@@ -128,7 +137,8 @@ def _run(jobs: list[Prepared], together: bool = False) -> list[Any]:
 
 def _prepare(
     cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, state: Any, valid: Any,
-    *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Any = None, at_once: int = 1,
+    *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Any = None, steps: int | None = None,
+    at_once: int = 1,
 ) -> Prepared:  # fmt: skip
     """A forward pass: arguments held to their shapes, memory laid out, the plan written."""
     T, B, I, H, Q = check_forward(
@@ -147,7 +157,7 @@ def _prepare(
     module = staged if len(cell.stages) > 1 else fused
     return module.prepare(
         cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
-        shards, units, apart, at_once,
+        shards, units, apart, at_once, steps,
     )  # fmt: skip
 
 

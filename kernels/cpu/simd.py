@@ -260,22 +260,3 @@ def horizontal_max(b, x):
         x = vector_call(b, "maximum", x, b.shuffle_vector(x, x, ir.Constant(VECTOR_INT, order)))
         step //= 2
     return b.extract_element(x, I32(0))
-
-
-@operation("0(iiii)")
-def transpose_block(b, source, source_step, target, target_step):
-    """LANES rows of LANES floats, a step of bytes apart, to their transpose: at stage s, rows s apart swap lanes s apart."""
-    at = lambda base, step, k: pointer(b, b.add(base, b.mul(step, I64(k))), VECTOR)
-    rows = [b.load(at(source, source_step, k), align=4) for k in range(LANES)]
-    s = LANES // 2
-    while s:
-        first = [k if not k & s else LANES + k - s for k in range(LANES)]
-        second = [k + s if not k & s else LANES + k for k in range(LANES)]
-        for k in range(LANES):
-            if not k & s:
-                x, y = rows[k], rows[k + s]
-                rows[k] = b.shuffle_vector(x, y, ir.Constant(VECTOR_INT, first))
-                rows[k + s] = b.shuffle_vector(x, y, ir.Constant(VECTOR_INT, second))
-        s //= 2
-    for k, row in enumerate(rows):
-        b.store(row, at(target, target_step, k), align=4)

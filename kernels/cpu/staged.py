@@ -655,6 +655,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.RECURRENT: Relative("projection" if stage.projects else "recurrent"),
             P.H_ROW: Q if stage.projects else len(cell.recurrent) * H,
             P.X_COLUMN: tables.add(f"x column {k}", x_column.tolist()),
+            P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
             P.FUSED: tile_addresses(stage).ctypes.data, P.VECTORS: tables.add(f"vectors {k}", table),
             P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],
@@ -727,7 +728,7 @@ def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: np.ndarray | None,
-    shards: int, units: bool, apart: bool, at_once: int,
+    shards: int, units: bool, apart: bool, at_once: int, steps: None,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
     T, B, _, H, Q = shape

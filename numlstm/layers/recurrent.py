@@ -387,7 +387,7 @@ class Recurrent(Layer):
 
     def _thinning(self, shape: tuple[int, ...], rate: float) -> np.ndarray:
         """A dropout mask: 0 with probability `rate`, else 1 / (1 - rate)."""
-        return ops.dropout(Tensor(np.ones(shape, self.dtype)), rate).data
+        return ops.dropout_mask(shape, rate, self.dtype)
 
     def rank_hint(self, shape: Sequence[int | None]) -> str:
         """What a person who forgot an axis most likely wants."""
@@ -615,7 +615,7 @@ class GRU(Recurrent):
         recurrent_activation: the name of what stands as sigmoid above.
         reset_after: the reset gate is applied after the recurrent product, as above. False: before it, as the
             paper has it, `tanh` of x kernel + (sigmoid(r) h) recurrent_kernel + bias in the third part, a second
-            product in each step; the bias is then (3 units). `layer_norm` takes True.
+            product in each step; the bias is then (3 units), and `layer_norm` normalises that product by itself.
         clip: hold the input of every activation between -clip and clip (ONNX' `clip`).
 
     Raises:

@@ -268,6 +268,7 @@ CASES = [
     *of_shapes("GRU"),
     *of_options("GRU", 1),
     *of_variant("GRU", "reset before", reset_after=False),
+    *of_variant("GRU", "reset before, layer_norm", reset_after=False, layer_norm=True),
     *of_variant("GRU", "layer_norm", layer_norm=True),
     *of_variant("GRU", "clip, cell_clip", clip=0.7, cell_clip=0.4),
     Case("GRU", "layer_norm, no bias", {"units": 7, "layer_norm": True, "use_bias": False, **SEQ}),

@@ -66,6 +66,31 @@ def test_the_results_are_those_of_the_plain_run(module, dtype, name, steps):
         assert np.max(np.abs(a - b), initial=0.0) <= bound * np.max(np.abs(a), initial=1e-3)
 
 
+@pytest.mark.parametrize("pattern", ["all", "holes"])
+@pytest.mark.parametrize("steps", [1, 4, 11, 50])
+@pytest.mark.parametrize("name", CELLS)
+def test_the_cpu_keeps_pieces_by_itself(name, steps, pattern, monkeypatch):
+    """One kernel for all pieces: every split of the work gives the same bits, and the plain run's results."""
+    question, draw = ask(CELLS[name], 11, 5, 20, 37, pattern, spread=0.5), np.random.default_rng(1)
+    question.recurrent_mask = draw.random((11, 5, 37)) if question.cell.recurrent else None
+    question.dstates = tuple(draw.standard_normal((11, 5, 37)) for _ in question.cell.state[1:])
+    question, runs = question.cast("f"), []
+    assert cpu.recomputes(question.cell)
+    for split, apart in (((1, False), False), ((2, False), False), ((2, True), True), ((3, True), False)):
+        monkeypatch.setattr(cpu, "_split", lambda *_, split=split: split)
+        monkeypatch.setattr(cpu, "_apart", lambda *_, apart=apart: apart)
+        runs.append(both(cpu, question, steps, keep_states=False))
+    (plain, g), (short, again) = runs[0]
+    assert short.states is None
+    for a, b in zip(flat((plain.h, plain.final)), flat((short.h, short.final)), strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(flat(g), flat(again), strict=True):
+        assert np.max(np.abs(a - b), initial=0.0) <= 5e-6 * np.max(np.abs(a), initial=1e-3)
+    for _, (out, others) in runs[1:]:
+        for a, b in zip(flat((short.h, short.final, *again)), flat((out.h, out.final, *others)), strict=True):
+            assert np.array_equal(a, b)
+
+
 @pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
 def test_masks_for_all_steps_and_gradients_that_are_missing(module):
     dtype = "float64" if module is reference else "float32"
@@ -119,7 +144,7 @@ def test_memory_is_that_of_the_pieces(module):
     T, B, I, H, k = 1024, 4, 3, 64, 32
     question = ask(cells.lstm(), T, B, I, H, spread=0.3).cast("float64" if module is reference else "float32")
     item = question.dh.itemsize
-    both(module, question, k)  # compiled, and the tables made
+    both(module, question, k, keep_states=False)  # compiled, and the tables made
     kept, most = peak(module, question, module)
     short, least = peak(module, question, remat.Remat(module, k))
     row = B * H * item

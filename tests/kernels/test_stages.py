@@ -86,6 +86,22 @@ def test_normalized_gru() -> None:
     assert_allclose(run(question), right, rtol=1e-12)
 
 
+def test_normalized_gru_with_the_reset_before_the_product() -> None:
+    question = ask(cells.gru(reset_after=False, layer_norm=True), 6, 3, 4, 5)
+    x, kernel, recurrent, _, params, (h,), _ = question.arguments
+    question.arguments = (x, kernel, recurrent, None, *question.arguments[4:])
+    gx, gh, b = (np.concatenate(params[k : k + 3]) for k in (0, 3, 6))
+    right = []
+    for x_t in x:
+        x_r, x_z, x_n = np.split(gx * normalized(x_t @ kernel) + b, 3, 1)
+        h_r, h_z = np.split(gh[:10] * normalized(h @ recurrent[:, :10]), 2, 1)
+        n = np.tanh(x_n + gh[10:] * normalized((sigma(x_r + h_r) * h) @ recurrent[:, 10:]))
+        z = sigma(x_z + h_z)
+        h = z * h + (1 - z) * n
+        right.append(h)
+    assert_allclose(run(question), right, rtol=1e-12)
+
+
 def test_independent_units() -> None:
     """Li et al. 2018: no recurrent product at all."""
     question = ask(cells.indrnn(), 6, 3, 4, 5)
@@ -192,7 +208,12 @@ def of_parameter(a, u):
     [
         (two_sources, {"gates": "abcd"}, "one stage has recurrent products of"),
         (twice, {"gates": "ab"}, "gate b is computed twice"),
-        (split_gate, {"gates": "a", "split": "a"}, r"preactivation\('a', v\): expected a gate"),
+        (split_gate, {"gates": "a", "split": "a"}, "gate a_h is computed twice"),
+        (
+            lambda a, b: preactivation("b", a) + b,
+            {"gates": "ab", "recurrent": "a"},
+            r"preactivation\('b', v\): expected a",
+        ),
         (split_gate, {"gates": "a", "split": "a", "recurrent": ()}, "split, but have no recurrent part"),
         (inner_projection, {"gates": "a", "state": ("h", "c")}, "only the first state, the output"),
         (after_projection, {"gates": "a"}, "nothing can follow but the output"),

@@ -130,6 +130,7 @@ FORMS: dict[str, Cell] = {
 STAGED: dict[str, Cell] = {
     "gru_before": cells.gru(reset_after=False),
     "gru_before_zoneout": cells.zoneout(cells.gru(reset_after=False)),
+    "gru_before_normalized": cells.gru(reset_after=False, layer_norm=True),
     "lstm_projected": cells.lstm(projection=True),
     "lstm_projected_zoneout": cells.zoneout(cells.lstm(projection=True, cell_clip=0.5)),
     "elman_normalized": cells.elman(layer_norm=True),

@@ -76,10 +76,15 @@ def lstm(layer, w, x, h, c):
 def gru(layer, w, x, h):
     gate, squash = (lambda v: sigmoid(held(v, layer.clip))), (lambda v: np.tanh(held(v, layer.clip)))
     if not layer.reset_after:
-        xr, xz, xn = np.split(x @ w["kernel"] + w["bias"], 3, -1)
         r, z, n = np.split(w["recurrent_kernel"], 3, -1)
-        z, r = gate(xz + h @ z), gate(xr + h @ r)
-        new = squash(xn + (r * h) @ n)
+        a, hr, hz, through = x @ w["kernel"], h @ r, h @ z, lambda v: v @ n
+        if layer.layer_norm:  # the gates' product jointly, the candidate's by itself
+            gr, gz, gn = np.split(w["recurrent_gamma"], 3)
+            a, (hr, hz) = normal(a)[0] * w["kernel_gamma"], normal(hr, hz)
+            hr, hz, through = hr * gr, hz * gz, lambda v: normal(v @ n)[0] * gn
+        xr, xz, xn = np.split(a + w["bias"], 3, -1)
+        z, r = gate(xz + hz), gate(xr + hr)
+        new = squash(xn + through(r * h))
     else:
         a, b = products(layer, w, x, h)
         (xr, xz, xn), (hr, hz, hn) = np.split(a + w["bias"][0], 3, -1), np.split(b + w["bias"][1], 3, -1)
@@ -139,6 +144,7 @@ VARIANTS = [
     (nl.LSTM, {"layer_norm": True, "projection": P, "peephole": True}),
     (nl.LSTM, {"coupled": True, "output_activation": "softsign", "clip": 0.8}),
     (nl.GRU, {"reset_after": False, "clip": 0.5, "cell_clip": 0.2}),
+    (nl.GRU, {"reset_after": False, "layer_norm": True, "clip": 0.5}),
     (nl.IndRNN, {"layer_norm": True, "cell_clip": 0.5}),
     (nl.SLSTM, {"layer_norm": True}),
 ]
@@ -597,7 +603,6 @@ def test_bad_parameters(name, message):
         (lambda: nl.GRU(4, cell_clip=-1.0), "cell_clip: expected a finite number above 0"),
         (lambda: nl.SimpleRNN(4, clip=np.nan), "clip: expected a finite number above 0"),
         (lambda: nl.SLSTM(4, cell_clip=1.0), "cell_clip: the cell of an sLSTM .* expected None, got 1.0"),
-        (lambda: nl.GRU(4, reset_after=False, layer_norm=True), "layer_norm: expected reset_after=True"),
         (lambda: nl.GRU(4, recurrent_dropconnect=1.0), "recurrent_dropconnect: expected a number from 0"),
         (lambda: nl.LSTM(4, remat_steps=0), "remat_steps: expected an integer of at least 1, got 0"),
         (lambda: nl.IndRNN(4, recurrent_dropout=0.1), "recurrent_dropout: the cell indrnn has no recurrent"),
