@@ -177,7 +177,7 @@ def backward(
     check_backward(cell, r.shape, dh, dfinal, dstates)
     upstream = dict(zip(cell.state, (dh, *(dstates or (None,) * (len(cell.state) - 1))), strict=True))
     dgates = np.zeros((T, B, r.kernel.shape[1]), r.dtype)
-    products: list[list[Any]] = [[None] * T for _ in cell.stages]  # what went into each, and its gradient
+    dproducts = [np.zeros((T, B, w.shape[1]), r.dtype) for w in weights.recurrent]
     dparams = {p: np.zeros(H, r.dtype) for p in cell.params}
     zeros = {s: np.zeros((B, H if k else P), r.dtype) for k, s in enumerate(cell.state)}
     d_new = {
@@ -190,7 +190,7 @@ def backward(
             if upstream[s] is not None:
                 d_new[s] = d_new[s] + upstream[s][t]
         gradient: dict[str, Any] = {s + "1": d for s, d in d_new.items()}  # by vector; what is missing is 0
-        for k, stage, (_, function), (fed, scales, saved) in reversed(
+        for k, stage, (_, function), (_, scales, saved) in reversed(
             list(zip(range(len(kept)), cell.stages, functions(cell), kept, strict=True))
         ):
             shape = (B, P if stage.projects else H)
@@ -213,8 +213,8 @@ def backward(
             if stage.x_gates:
                 dgates[t][:, weights.x[k]] = np.concatenate([found[g] for g in stage.x_gates], axis=1)
             if stage.h_gates:
-                d = np.concatenate([found[g] for g in stage.h_gates], axis=1)
-                d_fed, products[k][t] = d @ weights.recurrent[k].T, (fed, d)
+                d = np.concatenate([found[g] for g in stage.h_gates], axis=1, out=dproducts[k][t])
+                d_fed = d @ weights.recurrent[k].T
                 if r.masks is not None and not stage.projects:
                     d_fed = d_fed * r.masks[t]
                 gradient[stage.source] = gradient.get(stage.source, 0) + d_fed
@@ -226,13 +226,14 @@ def backward(
         d_new = d_old
     flat = dgates.reshape(T * B, -1)
     drecurrent, dprojection = np.zeros((P, len(cell.recurrent) * H), r.dtype), None
-    for stage, columns, pairs in zip(cell.stages, weights.h, products, strict=True):
+    for k, (stage, columns, d) in enumerate(zip(cell.stages, weights.h, dproducts, strict=True)):
         if stage.h_gates:
-            fed, d = (np.concatenate(a) for a in zip(*pairs, strict=True))
+            fed = np.stack([kept[k][0] for _, kept in r.steps]).reshape(T * B, -1)
+            product = fed.T @ d.reshape(T * B, -1)
             if stage.projects:
-                dprojection = fed.T @ d
+                dprojection = product
             else:
-                drecurrent[:, columns] = fed.T @ d
+                drecurrent[:, columns] = product
     return Gradients(
         x=dgates @ r.kernel.T if need_dx else None,
         kernel=r.x.reshape(T * B, -1).T @ flat,
