@@ -235,14 +235,14 @@ def _drivers(lay: Layout, others: int, forward_tile: Any, backward_tile: Any, te
         return met
 
     steps.__qualname__ = unique_name("steps", repr((lay, others)) + text)
-    steps = njit(**INNER_OPTIONS)(steps)
+    here, steps = njit(inline="always", **INNER_OPTIONS)(steps), njit(**INNER_OPTIONS)(steps)
 
     def forward(p, shard, shards):
         met = 1
         pack(p, shard, shards)
         barrier(get(p, P.FLAGS), shard, shards, met)
         for j in range(get(p, P.PIECES)):
-            met = steps(p + j * PLAN_BYTES, shard, shards, met)
+            met = here(p + j * PLAN_BYTES, shard, shards, met)
 
     def backward_of(RECOMPUTE):
         def backward(p, shard, shards):

@@ -128,14 +128,15 @@ def _transpose(module: ir.Module) -> ir.Function:
     return f
 
 
-def _table(name: str, shapes: tuple[tuple[int, Windows], ...]) -> np.ndarray:
-    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape, and in
-    one row more that of the transposition."""
+def _table(name: str, shapes: tuple[tuple[int, Windows], ...], with_transpose: bool = False) -> np.ndarray:
+    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape, and if
+    asked for that of the transposition, in one row more."""
 
     @operation("0(i)")
     def write(b, table):
-        address = b.ptrtoint(_transpose(b.module), I64)
-        b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * TILE_ROWS)), I64), align=8)
+        if with_transpose:
+            address = b.ptrtoint(_transpose(b.module), I64)
+            b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * TILE_ROWS)), I64), align=8)
         for s, (columns, windows) in enumerate(shapes):
             for m in range(TILE_ROWS):
                 address = b.ptrtoint(_tile(b.module, m + 1, columns, windows), I64)
@@ -145,7 +146,7 @@ def _table(name: str, shapes: tuple[tuple[int, Windows], ...]) -> np.ndarray:
         write(table)
 
     table = np.zeros((len(shapes) + 1, TILE_ROWS), np.int64)
-    kernel = compile_kernel(fill, name, repr(shapes), types.void(types.int64))
+    kernel = compile_kernel(fill, name, repr((shapes, with_transpose)), types.void(types.int64))
     kernel(table.ctypes.data)
     _KEEP_LOADED.append(kernel)
     return table
@@ -163,7 +164,9 @@ def fused_family(columns: int, windows: Windows) -> np.ndarray:
 @cache
 def plain_families() -> np.ndarray:
     """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then TRANSPOSE."""
-    return _table("tiles_plain", tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1)))
+    return _table(
+        "tiles_plain", tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1)), with_transpose=True
+    )
 
 
 def _call_tile(b: ir.IRBuilder, address: Any, *args: Any) -> None:
