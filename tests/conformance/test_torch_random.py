@@ -108,8 +108,10 @@ def numbers(c: Configuration) -> dict[str, Any]:
     normal = draw.standard_normal
     widths = (c.output, c.H) if c.kind == "LSTM" else (c.output,)
     states = lambda: [[normal((c.B, w)) * 0.5 for w in widths] for _ in ends(c)]
+    # so that what enters a gate is of the order of 1: of a saturated unit's gradient float32 keeps few digits
+    spread = min(1.0, (3 * c.H / c.I) ** 0.5)
     return {
-        "x": normal((c.B, c.T, c.I)),
+        "x": normal((c.B, c.T, c.I)) * spread,
         "lengths": draw.integers(1, c.T + 1, c.B) if c.packed else np.full(c.B, c.T),
         "state": states() if c.given_state else None,
         "dy": normal((c.B, c.T, c.output * c.directions)),

@@ -10,7 +10,7 @@ from numba import njit
 
 from numlstm.kernels.cpu import microkernel, sequence
 from numlstm.kernels.cpu.isa import LANES, TILE_COLUMNS, TILE_ROWS
-from numlstm.kernels.cpu.microkernel import fused_family, plain_families, tile1, tile2
+from numlstm.kernels.cpu.microkernel import fused_family, plain_families, tile1, tile2, transpose
 from numlstm.kernels.cpu.simd import JIT_OPTIONS
 
 DEPTHS = (0, 1, 2, 37)
@@ -38,7 +38,8 @@ def draw(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_one_product(depth: int) -> None:
     table = plain_families()
-    assert table.shape == (TILE_COLUMNS, TILE_ROWS) and np.unique(table).size == table.size
+    assert table.shape == (TILE_COLUMNS + 1, TILE_ROWS)  # in the last row the transposition
+    assert np.unique(table[:-1]).size == TILE_COLUMNS * TILE_ROWS
     for m, n in shapes():
         a, b, start = draw(m, depth), draw(depth, n * LANES), draw(m, n * LANES)
         for left in (a, np.asfortranarray(a), a[:, ::-1].copy()[:, ::-1]):
@@ -49,6 +50,19 @@ def test_one_product(depth: int) -> None:
             )  # fmt: skip
             assert np.array_equal(c[:m, : n * LANES], start + a @ b), (m, n)
             assert np.all(c[m:] == 7) and np.all(c[:, n * LANES :] == 7)
+
+
+@njit(**JIT_OPTIONS)
+def call_transpose(address, source, source_row, target, target_row):
+    transpose(address, source, source_row, target, target_row)
+
+
+def test_transposition() -> None:
+    source, target = draw(LANES + 2, LANES + 5), np.full((LANES + 1, LANES + 3), 7, "f")
+    address = plain_families().ravel()[microkernel.TRANSPOSE // 8]
+    call_transpose(address, source.ctypes.data, source.strides[0], target.ctypes.data, target.strides[0])
+    assert np.array_equal(target[:LANES, :LANES], source[:LANES, :LANES].T)
+    assert np.all(target[LANES:] == 7) and np.all(target[:, LANES:] == 7)
 
 
 def test_one_start_for_all_rows_and_adding_in_place() -> None:
