@@ -218,8 +218,10 @@ def test_any_configuration(c: Configuration) -> None:
             for end in ends(c):
                 named[f"bias_ih{end}"].add_(named[f"bias_hh{end}"])
     weights = in_our_layout(c, lambda name: named[name].detach().numpy())
-    # a gradient that all but vanishes is held to a hundredth of the largest
+    # A gradient that all but vanishes is held to a hundredth of the largest; an output, to a hundredth of what entered its
+    # unit, which is of the order of 1: a sum of many such terms that cancels has lost digits before any kernel can err.
     of_gradients = 1e-2 * max(np.max(np.abs(a)) for k, a in right.items() if k.startswith("d"))
+    of_gradients = max(of_gradients, 1e-9)  # all units off: all zero
     backends = [("reference", "float64", REFERENCE_BOUND), ("cpu", "float32", CPU_BOUND)]
     if c.T * c.layers * c.directions > REFERENCE_STEPS and c.kind != "relu":
         del backends[0]
@@ -233,6 +235,6 @@ def test_any_configuration(c: Configuration) -> None:
         if c.kind == "relu" and any(np.any(a != b) for a, b in zip(patterns[0], active, strict=True)):
             # float32 has put a unit on the other side of relu's kink, where the gradient jumps
             names = [k for k in names if not k.startswith("d")]
-        errors = {k: largest(found[k], right[k], of_gradients if k.startswith("d") else 1e-3) for k in names}
+        errors = {k: largest(found[k], right[k], of_gradients if k.startswith("d") else 1e-2) for k in names}
         worst = max(errors, key=errors.get)
         assert errors[worst] <= bound, f"{backend}: {worst} is off by {errors[worst]:.1e}"
