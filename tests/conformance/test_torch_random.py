@@ -218,8 +218,9 @@ def test_any_configuration(c: Configuration) -> None:
             for end in ends(c):
                 named[f"bias_ih{end}"].add_(named[f"bias_hh{end}"])
     weights = in_our_layout(c, lambda name: named[name].detach().numpy())
-    # A gradient is a sum over all steps and rows: one that cancels is held to a tenth of the largest; an output, to a hundredth of what entered its
-    # unit, which is of the order of 1: a sum of many such terms that cancels has lost digits before any kernel can err.
+    # A gradient is a sum over all steps and rows: one that cancels is held to a tenth of the largest. An output is held to
+    # a hundredth of what entered its unit, which is of the order of 1: a sum of many such terms that cancels has lost
+    # digits before any kernel can err.
     of_gradients = 1e-1 * max(np.max(np.abs(a)) for k, a in right.items() if k.startswith("d"))
     of_gradients = max(of_gradients, 1e-9)  # all units off: all zero
     backends = [("reference", "float64", REFERENCE_BOUND), ("cpu", "float32", CPU_BOUND)]
