@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Forward", "Gradients", "check_backward", "check_forward"]
+__all__ = ["Forward", "Gradients", "aux_columns", "check_backward", "check_forward"]
 
 
 class Forward(NamedTuple):
@@ -89,7 +89,7 @@ def check_forward(
         _expect("valid", valid, (T, B))
     if len(aux) != len(cell.aux):
         raise ValueError(f"aux: expected one array for each of {cell.aux}, got {len(aux)}")
-    named = [(name, a, _columns(cell, name, H, P)) for name, a in zip(cell.aux, aux, strict=True)]
+    named = [(name, a, aux_columns(cell, name, H, P)) for name, a in zip(cell.aux, aux, strict=True)]
     if recurrent_mask is not None:
         named.append(("recurrent_mask", recurrent_mask, P))
     for name, a, columns in named:
@@ -98,7 +98,7 @@ def check_forward(
     return T, B, I, H, P
 
 
-def _columns(cell: Any, aux: str, H: int, P: int) -> int:
+def aux_columns(cell: Any, aux: str, H: int, P: int) -> int:
     """How many columns a step input has: those of the stage that reads it."""
     return P if any(s.projects and aux in s.aux for s in cell.stages) else H
 

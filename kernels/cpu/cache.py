@@ -29,7 +29,7 @@ from numba.core.registry import cpu_target
 
 from .simd import JIT_OPTIONS
 
-__all__ = ["compile_kernel", "directory", "unique_name"]
+__all__ = ["compile_address", "compile_kernel", "directory"]
 
 
 def directory() -> Path | None:
@@ -149,3 +149,14 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+_KEEP_LOADED: list[Any] = []  # an address is good while its library is loaded
+
+
+def compile_address(function: Callable[..., Any], name: str, text: str, signature: Any) -> int:
+    """`compile_kernel`, for a function that other kernels call: its address, by the C calling convention."""
+    kernel = compile_kernel(function, name, text, signature)
+    _KEEP_LOADED.append(kernel)
+    (compiled,) = kernel.overloads.values()
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)

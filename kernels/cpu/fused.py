@@ -11,18 +11,20 @@ Beside what layout.py describes:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import types
 
 from ..derive import Cell, Stage
 from ..sequence import Forward, Gradients
 from . import threads
-from .cache import compile_kernel, unique_name
+from .cache import compile_address, compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import (
+    PLAN_BYTES,
     Layout,
     P,
     Prepared,
@@ -30,28 +32,29 @@ from .layout import (
     by_step,
     columns,
     field,
-    loops,
+    product_tiles,
     state_gradients,
-    tile_addresses,
-    tile_rows,
 )
 from .microkernel import plain_families, tile1
+from .parts import (
+    backward_parts,
+    call_dx_step,
+    call_forward_step,
+    call_part,
+    forward_parts,
+    share_panels,
+    tile_rows,
+)
 from .plan import SIGNATURE, get, share
-from .simd import INNER_OPTIONS, VECTOR_BYTES, load, load_int, load_n, store, zero_bytes
+from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
 from .threads import barrier
-from .tiles import aux_rows, inline, tile_functions
+from .tiles import aux_rows, compile_tile, inline
 from .workspace import aligned, carve
 
 __all__ = ["prepare", "prepare_back"]
 
-PLAN_BYTES = 8 * len(P)
-
-
-def tile_source(cell: Cell) -> str:
-    """The text of a cell's two tile functions: its emitted equations between loads and stores."""
-    (stage,) = cell.stages
-    lay = Layout.of(stage)
-    return _forward_tile(cell, stage, lay) + "\n" + _backward_tile(cell, stage, lay)
+call_backward_tile = caller(8)  # p, s, s_step, rows, t, b, v, vectors
+call_steps = caller(4)  # p, shard, shards, met
 
 
 def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
@@ -189,174 +192,158 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     return "\n".join(o) + "\n"
 
 
-class Drivers(NamedTuple):
-    """The passes over time that a cell's tiles stand in; (p, shard, shards) each, p the plans of PIECES pieces."""
-
-    forward: Any
-    backward: Any
-    backward_again: Any  # runs each piece forward before it goes back
-
-
-def _drivers(lay: Layout, others: int, forward_tile: Any, backward_tile: Any, text: str) -> Drivers:
-    """The passes of a cell with `others` states beside h; `text` is what its tiles were made from."""
-    parts = loops(lay, forward_tile, text)
-    pack, input_product, forward_step = parts.pack, parts.input_product, parts.forward_step
-    pack_back, dx_step, closing, unpack = parts.pack_back, parts.dx_step, parts.closing, parts.unpack
-    NP, GH = lay.pre, lay.h_gates
-    WB, ROW, VB, COLUMNS = lay.width * 4, NP * lay.width * 4, VECTOR_BYTES, TILE_COLUMNS
-    SCRATCH = TILE_ROWS * max(ROW, COLUMNS * VB)
-    NH = NP - GH  # pre-activations that the recurrence does not feed
-
-    def steps(p, shard, shards, met):
-        # All steps forward; `met` counts the barriers that this thread has passed.
-        T, B, blocks, flags = get(p, P.T), get(p, P.B), get(p, P.BLOCKS), get(p, P.FLAGS)
-        scratch = get(p, P.SCRATCH) + shard * SCRATCH
-        b0, b1 = share(B, shard, shards)
-        u0, u1 = 0, blocks
-        units_split = get(p, P.UNITS_SPLIT)
+def _steps(p, shard, shards, met):
+    """All steps of the plan at p, forward; `met` counts the barriers that a thread has passed, one a step more where
+    threads share the units."""
+    T, B, blocks, flags = get(p, P.T), get(p, P.B), get(p, P.BLOCKS), get(p, P.FLAGS)
+    scratch = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES)
+    b0, b1 = share(B, shard, shards)
+    u0, u1 = 0, blocks
+    units_split = get(p, P.UNITS_SPLIT)
+    if units_split != 0:
+        b0, b1 = 0, B
+        u0, u1 = share(blocks, shard, shards)
+    if get(p, P.START) != 0:  # each thread copies the states that it alone will read
+        hp4, width = get(p, P.HP) * 4, get(p, P.WIDTH) * 4
+        for k in range(get(p, P.OTHERS)):
+            for b in range(b0, b1):
+                source = get(p, P.START) + k * get(p, P.START_SLOT) + b * hp4
+                target = get(p, P.STATES) + k * get(p, P.STATE_SLOT) + b * hp4
+                for q in range(u0 * width, u1 * width, VECTOR_BYTES):
+                    store(target + q, load(source + q))
+    if get(p, P.APART) != 0:
+        call_part(get(p, P.INPUT_PRODUCT), p, u0, u1)
+    for t in range(T):
+        call_forward_step(get(p, P.FORWARD_STEP), p, t, b0, b1, u0, u1, scratch)
         if units_split != 0:
-            b0, b1 = 0, B
-            u0, u1 = share(blocks, shard, shards)
-        if get(p, P.START) != 0:  # each thread copies the states that it alone will read
-            hp4 = get(p, P.HP) * 4
-            for k in range(others):
-                for b in range(b0, b1):
-                    source = get(p, P.START) + k * get(p, P.START_SLOT) + b * hp4
-                    target = get(p, P.STATES) + k * get(p, P.STATE_SLOT) + b * hp4
-                    for q in range(u0 * WB, u1 * WB, VB):
-                        store(target + q, load(source + q))
-        if get(p, P.APART) != 0:
-            input_product(p, u0, u1)
-        for t in range(T):
-            forward_step(p, t, b0, b1, u0, u1, scratch)
-            if units_split != 0:
-                met += 1
-                barrier(flags, shard, shards, met)
-        return met
+            met += 1
+            barrier(flags, shard, shards, met)
 
-    steps.__qualname__ = unique_name("steps", repr((lay, others)) + text)
-    here, steps = njit(inline="always", **INNER_OPTIONS)(steps), njit(**INNER_OPTIONS)(steps)
 
-    def forward(p, shard, shards):
-        met = 1
-        pack(p, shard, shards)
-        barrier(get(p, P.FLAGS), shard, shards, met)
-        for j in range(get(p, P.PIECES)):
-            met = here(p + j * PLAN_BYTES, shard, shards, met)
+def _forward(p, shard, shards):
+    met = 1
+    call_part(get(p, P.PACK), p, shard, shards)
+    barrier(get(p, P.FLAGS), shard, shards, met)
+    for piece in range(p, p + get(p, P.PIECES) * PLAN_BYTES, PLAN_BYTES):
+        call_steps(get(p, P.STEPS), piece, shard, shards, met)
+        met += get(piece, P.T) * get(p, P.UNITS_SPLIT)
 
-    def backward_of(RECOMPUTE):
-        def backward(p, shard, shards):
-            met = 1
-            pack_back(p, shard, shards)
-            barrier(get(p, P.FLAGS), shard, shards, met)
-            for j in range(get(p, P.PIECES) - 1, -1, -1):
-                piece = p + j * PLAN_BYTES
-                if RECOMPUTE:  # a constant: without it nothing of the forward pass is compiled here
-                    met = steps(piece, shard, shards, met) + 1
-                    barrier(get(p, P.FLAGS), shard, shards, met)
-                # the steps, last to first; at t = -1 only what leaves the first step is left to do
-                T, B, I, H, HP = (
-                    get(piece, P.T),
-                    get(piece, P.B),
-                    get(piece, P.I),
-                    get(piece, P.H),
-                    get(piece, P.HP),
-                )
-                hp4, flags, rt, dx, d = (
-                    HP * 4,
-                    get(piece, P.FLAGS),
-                    get(piece, P.RT),
-                    get(piece, P.DX),
-                    get(piece, P.D),
-                )
-                plain, zeros, ds, d_row = (
-                    get(piece, P.PLAIN),
-                    get(piece, P.ZEROS),
-                    get(piece, P.DSTATE),
-                    NP * H * 4,
-                )
-                s, mask = get(piece, P.SCRATCH) + shard * SCRATCH, get(piece, P.MASK)
-                b0, b1 = share(B, shard, shards)
-                v0, v1 = 0, HP // LANES
-                x0, x1 = 0, (I + LANES - 1) // LANES
-                units_split = get(piece, P.UNITS_SPLIT)
-                if units_split != 0:
-                    b0, b1 = 0, B
-                    v0, v1 = share((v1 + COLUMNS - 1) // COLUMNS, shard, shards)
-                    x0, x1 = share((x1 + COLUMNS - 1) // COLUMNS, shard, shards)
-                    v0, v1 = v0 * COLUMNS, min(v1 * COLUMNS, HP // LANES)
-                    x0, x1 = x0 * COLUMNS, min(x1 * COLUMNS, (I + LANES - 1) // LANES)
-                real = (
-                    H + LANES - 1
-                ) // LANES  # vectors that hold a unit; a block's other vectors are padding
-                for t in range(T - 1, -2, -1):
-                    after = d + ((t + 1) & 1) * B * d_row
-                    for v in range(v0, v1, COLUMNS):
-                        n = min(COLUMNS, v1 - v)
-                        width = min(COLUMNS, real - v)
-                        b = b0
-                        while b < b1:
-                            m = tile_rows(b1 - b)
-                            if t == T - 1 or width < n:
-                                zero_bytes(s, m * n * VB)
-                            if t < T - 1 and width > 0:
-                                tile1(
-                                    load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
-                                    after + b * d_row + NH * H * 4, d_row, 4, GH * H,
-                                    rt + v * VB * (GH * H), width * VB, zeros, 0, s, n * VB,
-                                )  # fmt: skip
-                            if t >= 0:
-                                backward_tile(piece, s, n * VB, m, t, b, v, n)
-                            else:
-                                for k in range(m):
-                                    for q in range(n):
-                                        a, through = (
-                                            ds + (b + k) * hp4 + (v + q) * VB,
-                                            load(s + (k * n + q) * VB),
-                                        )
-                                        if mask != 0:
-                                            row = mask + (b + k) * get(piece, P.MASK_B)
-                                            through = through * load_n(
-                                                row + (v + q) * VB, H - (v + q) * LANES
-                                            )
-                                        store(a, load(a) + through)
-                            b += m
-                    if dx != 0 and t < T - 1:
-                        dx_step(piece, t + 1, after, b0, b1, x0, x1, s)
-                    if units_split != 0:
-                        met += 1
-                        barrier(flags, shard, shards, met)
-                met += 1
-                barrier(flags, shard, shards, met)
-                closing(piece, shard, shards)
-                met += 1
-                barrier(flags, shard, shards, met)
-            unpack(p, shard, shards)
 
-        return backward
+def _steps_back(p, shard, shards, met):
+    """All steps of the plan at p, last to first; at t = -1 only what leaves the first step is left to do. Then the
+    weights' gradients. Passes T + 1 barriers where threads share the units, and two."""
+    T, B, I, H, HP = get(p, P.T), get(p, P.B), get(p, P.I), get(p, P.H), get(p, P.HP)
+    hp4, flags, rt, dx, d, mask = (
+        HP * 4,
+        get(p, P.FLAGS),
+        get(p, P.RT),
+        get(p, P.DX),
+        get(p, P.D),
+        get(p, P.MASK),
+    )
+    plain, zeros, ds, tile = get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.BACKWARD_TILE)
+    d_row, depth = get(p, P.PRE) * H * 4, get(p, P.H_GATES) * H
+    s = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES)
+    b0, b1 = share(B, shard, shards)
+    v0, v1 = 0, HP // LANES
+    x0, x1 = 0, (I + LANES - 1) // LANES
+    units_split = get(p, P.UNITS_SPLIT)
+    if units_split != 0:
+        b0, b1 = 0, B
+        v0, v1 = share_panels(v1, shard, shards)
+        x0, x1 = share_panels(x1, shard, shards)
+    real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
+    for t in range(T - 1, -2, -1):
+        after = d + ((t + 1) & 1) * B * d_row
+        for v in range(v0, v1, TILE_COLUMNS):
+            n = min(TILE_COLUMNS, v1 - v)
+            width = min(TILE_COLUMNS, real - v)
+            b = b0
+            while b < b1:
+                m = tile_rows(b1 - b)
+                if t == T - 1 or width < n:
+                    zero_bytes(s, m * n * VECTOR_BYTES)
+                if t < T - 1 and width > 0:
+                    tile1(
+                        load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
+                        after + b * d_row + d_row - depth * 4, d_row, 4, depth,
+                        rt + v * VECTOR_BYTES * depth, width * VECTOR_BYTES, zeros, 0, s, n * VECTOR_BYTES,
+                    )  # fmt: skip
+                if t >= 0:
+                    call_backward_tile(tile, p, s, n * VECTOR_BYTES, m, t, b, v, n)
+                else:
+                    for k in range(m):
+                        for q in range(n):
+                            a = ds + (b + k) * hp4 + (v + q) * VECTOR_BYTES
+                            through = load(s + (k * n + q) * VECTOR_BYTES)
+                            if mask != 0:
+                                row = mask + (b + k) * get(p, P.MASK_B) + (v + q) * VECTOR_BYTES
+                                through = through * load_n(row, H - (v + q) * LANES)
+                            store(a, load(a) + through)
+                b += m
+        if dx != 0 and t < T - 1:
+            call_dx_step(get(p, P.DX_STEP), p, t + 1, after, b0, b1, x0, x1, s)
+        if units_split != 0:
+            met += 1
+            barrier(flags, shard, shards, met)
+    met += 1
+    barrier(flags, shard, shards, met)
+    call_part(get(p, P.CLOSING), p, shard, shards)
+    barrier(flags, shard, shards, met + 1)
 
-    return Drivers(forward, backward_of(False), backward_of(True))
+
+def _backward(p, shard, shards):
+    call_part(get(p, P.PACK_BACK), p, shard, shards)
+    barrier(get(p, P.FLAGS), shard, shards, 1)
+    call_steps(get(p, P.STEPS_BACK), p, shard, shards, 1)
+    call_part(get(p, P.UNPACK), p, shard, shards)
+
+
+def _backward_again(p, shard, shards):
+    """Each piece is run forward before it goes back."""
+    met, flags = 1, get(p, P.FLAGS)
+    call_part(get(p, P.PACK_BACK), p, shard, shards)
+    barrier(flags, shard, shards, met)
+    for piece in range(p + (get(p, P.PIECES) - 1) * PLAN_BYTES, p - PLAN_BYTES, -PLAN_BYTES):
+        T, units_split = get(piece, P.T), get(p, P.UNITS_SPLIT)
+        call_steps(get(p, P.STEPS), piece, shard, shards, met)
+        met += T * units_split + 1
+        barrier(flags, shard, shards, met)
+        call_steps(get(p, P.STEPS_BACK), piece, shard, shards, met)
+        met += (T + 1) * units_split + 2
+    call_part(get(p, P.UNPACK), p, shard, shards)
 
 
 @cache
-def _functions(cell: Cell) -> tuple[str, Drivers]:
-    """Tile source and the driver functions, not yet compiled."""
-    source, others = tile_source(cell), len(cell.state) - 1
-    return source, _drivers(Layout.of(cell.stages[0]), others, *tile_functions(cell.name, source), source)
+def compiled(function: Callable[..., Any]) -> Any:
+    """One of the passes above, for all cells."""
+    return compile_kernel(function, f"fused{function.__name__}", "", SIGNATURE)
 
 
 @cache
-def compiled(cell: Cell, driver: str) -> Any:
-    """One of the cell's drivers, by its name."""
-    source, drivers = _functions(cell)
-    return compile_kernel(getattr(drivers, driver), f"{cell.name}_{driver}", source, SIGNATURE)
+def _address(steps: Callable[..., None]) -> int:
+    return compile_address(steps, f"fused{steps.__name__}", "", types.void(*[types.int64] * 4))
+
+
+class Compiled(NamedTuple):
+    """What is a cell's own in a plan: the table of its product tiles and its columns in the weights."""
+
+    products: np.ndarray
+    x_column: np.ndarray
+    h_column: np.ndarray
 
 
 @cache
-def _tables(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Addresses of the cell's fused tiles, and the weights' columns of its two kinds of gates."""
+def _tables(cell: Cell) -> Compiled:
     (stage,) = cell.stages
-    return tile_addresses(stage), *columns(cell, stage)
+    return Compiled(product_tiles(stage), *columns(cell, stage))
+
+
+@cache
+def _tile(cell: Cell, emit: Callable[..., str]) -> int:
+    """The address of one of a cell's two tiles."""
+    (stage,) = cell.stages
+    return compile_tile(emit(cell, stage, Layout.of(stage)), cell.name)
 
 
 def prepare(
@@ -377,7 +364,7 @@ def prepare(
     pieces = -(-T // length)
     HP, slots = blocks * W, pieces + 1 if again else T + 1 if training else 1
     saving = training and not again  # in this pass
-    fused, x_column, h_column = _tables(cell)
+    own = _tables(cell)
     inputs = [x, kernel, recurrent_kernel]
     plan = [0] * len(P)
     zeroed = {
@@ -423,10 +410,14 @@ def prepare(
     plan[: P.APART + 1] = T, B, I, H, H, HP, blocks, units, apart
     plan[P.FED_T], plan[P.FED_B] = B * HP * 4, HP * 4
     plan[P.PIECES] = 1
-    plan[P.X_GATES], plan[P.H_GATES] = lay.x_gates, lay.h_gates
+    plan[P.WIDTH], plan[P.PRE], plan[P.X_GATES], plan[P.H_GATES] = W, lay.pre, lay.x_gates, lay.h_gates
+    plan[P.GROUPS], plan[P.OTHERS] = len(own.products), S - 1
+    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile), 4 * rest[P.SCRATCH] // shards
     plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
     plan[P.TRAINING], plan[P.MASK_STEPS] = saving, T
     plan[P.STATE_SLOT], plan[P.STATE_STEP] = slots * B * HP * 4, B * HP * 4 * saving
+    for place, address in (forward_parts() | {P.STEPS: _address(_steps)}).items():
+        plan[place] = address
     if bias is not None:
         inputs.append(bias)
         plan[P.BIAS] = bias.ctypes.data
@@ -434,8 +425,8 @@ def prepare(
         inputs.append(valid)
         plan[P.VALID] = valid.ctypes.data
     for place, array in (
-        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed), (P.FUSED, fused),
-        (P.PLAIN, plain_families()), (P.X_COLUMN, x_column), (P.H_COLUMN, h_column),
+        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed),
+        (P.FUSED, own.products), (P.PLAIN, plain_families()), (P.X_COLUMN, own.x_column), (P.H_COLUMN, own.h_column),
     ):  # fmt: skip
         plan[place] = array.ctypes.data
 
@@ -460,7 +451,7 @@ def prepare(
         states = None if again else tuple(cs[k, 1:, :, :H] for k in range(S - 1))
         return Forward(hs[1:, :, :H], final, states, residual)
 
-    return Prepared(compiled(cell, "forward"), packed, shards, finish)
+    return Prepared(compiled(_forward), packed, shards, finish)
 
 
 def _pieces(
@@ -535,6 +526,9 @@ def prepare_back(
     flags = residual.flags
     residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
     kept = [dh, *later]  # what the plan points into
+    for place, address in (backward_parts() | {P.STEPS_BACK: _address(_steps_back)}).items():
+        plan[place] = address
+    plan[P.BACKWARD_TILE] = _tile(cell, _backward_tile)
     packed = np.array(plan, np.int64)
     if again:
         packed[P.TRAINING], packed[P.STATE_STEP] = 1, B * HP * 4
@@ -550,11 +544,10 @@ def prepare_back(
         if residual.has_bias:
             rows = piece(P.DBP, blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, HP)
             dbias = np.empty((G, H), np.float32)
-            dbias[_tables(cell)[1]] = rows[: lay.x_gates, :H]
+            dbias[_tables(cell).x_column] = rows[: lay.x_gates, :H]
             dbias = dbias.reshape(-1)
         dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
         del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step
         return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))
 
-    driver = "backward_again" if again else "backward"
-    return Prepared(compiled(cell, driver), packed, residual.shards, finish)
+    return Prepared(compiled(_backward_again if again else _backward), packed, residual.shards, finish)

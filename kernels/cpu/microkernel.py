@@ -21,7 +21,7 @@ from numba import types
 
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .simd import F32, I64, VECTOR, VECTOR_BYTES, VECTOR_INT, broadcast, fma, operation, pointer
+from .simd import F32, I64, VECTOR, VECTOR_BYTES, VECTOR_INT, broadcast, caller, fma, operation, pointer
 
 __all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "tile1", "tile2", "transpose"]
 
@@ -169,24 +169,7 @@ def plain_families() -> np.ndarray:
     )
 
 
-def _call_tile(b: ir.IRBuilder, address: Any, *args: Any) -> None:
-    function_type = ir.FunctionType(ir.VoidType(), [I64] * len(args))
-    b.call(b.inttoptr(address, function_type.as_pointer()), args)
-
-
-@operation("0(iiiii)")
-def transpose(b, address, *args):
-    """Call the transposition at `address`: source, bytes between its rows, target, bytes between its rows."""
-    _call_tile(b, address, *args)
-
-
-@operation("0(" + "i" * (1 + PRODUCT_ARGUMENTS + LAST_ARGUMENTS) + ")")
-def tile1(b, address, *args):
-    """Call the one-product tile at `address`."""
-    _call_tile(b, address, *args)
-
-
-@operation("0(" + "i" * (1 + 2 * PRODUCT_ARGUMENTS + LAST_ARGUMENTS) + ")")
-def tile2(b, address, *args):
-    """Call the two-product tile at `address`."""
-    _call_tile(b, address, *args)
+# Calls of what stands in the tables, by address.
+transpose = caller(4)  # source, bytes between its rows, target, bytes between its rows
+tile1 = caller(PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # a tile of one product
+tile2 = caller(2 * PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # of two

@@ -139,6 +139,17 @@ _operator(operator.le, mask, lambda b, x, y: b.fcmp_ordered("<=", x, y))
 _operator(operator.gt, mask, lambda b, x, y: b.fcmp_ordered(">", x, y))
 
 
+def caller(count: int) -> Any:
+    """An operation that calls the function of `count` int64s at an address: the address first, then those."""
+
+    @operation("0(i" + "i" * count + ")")
+    def call_address(b, address, *args):
+        function_type = ir.FunctionType(ir.VoidType(), [I64] * count)
+        b.call(b.inttoptr(address, function_type.as_pointer()), args)
+
+    return call_address
+
+
 @operation("v(i)")
 def load(b, address):
     return b.load(pointer(b, address, VECTOR), align=4)

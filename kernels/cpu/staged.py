@@ -16,7 +16,7 @@ A row has as many floats as its units need in blocks of the widest kind, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ import numpy as np
 from numba import njit
 
 from ..derive import NORM_EPSILON, Cell, Stage
-from ..sequence import Forward, Gradients
+from ..sequence import Forward, Gradients, aux_columns
 from . import threads
 from .blueprint import Blueprint, Relative, Word
-from .cache import compile_kernel, unique_name
+from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import (
+    PLAN_BYTES,
     Layout,
     P,
     Prepared,
@@ -37,17 +38,25 @@ from .layout import (
     by_step,
     columns,
     field,
-    loops,
-    tile_addresses,
-    tile_rows,
+    product_tiles,
 )
 from .math import sqrt
 from .microkernel import plain_families, tile1
+from .parts import (
+    backward_parts,
+    call_dx_step,
+    call_forward_step,
+    call_part,
+    forward_parts,
+    share_panels,
+    tile_rows,
+)
 from .plan import SIGNATURE, get, share
 from .simd import (
     INNER_OPTIONS,
     VECTOR_BYTES,
     K,
+    caller,
     horizontal_sum,
     keep_n,
     load,
@@ -59,13 +68,12 @@ from .simd import (
     store_n,
 )
 from .threads import barrier
-from .tiles import aux_rows, inline, tile_functions
+from .tiles import aux_rows, compile_tile, inline
 from .workspace import aligned
 
 __all__ = ["prepare", "prepare_back"]
 
 ROW_UNITS = 4 * LANES  # a row's length is a multiple of the widest block
-PLAN_BYTES = 8 * len(P)
 
 # A vector in a table: its address, bytes between steps, bytes between rows, what is added to the step and then kept of it;
 # for one that is written, also where it goes times the recurrent mask (0: nowhere), and the bytes between steps and rows.
@@ -79,11 +87,7 @@ NORM_HEAD = 3  # before them: how many there are, units, the address of the rows
 
 # Tiles
 
-
-def tile_source(cell: Cell, stage: Stage) -> str:
-    """The text of a stage's two tile functions."""
-    lay = Layout.of(stage)
-    return _forward_tile(cell, stage, lay) + "\n" + _backward_tile(cell, stage, lay)
+call_backward_tile = caller(5)  # p, rows, t, b, u
 
 
 def _vector(name: str, table: str, k: int, at: str) -> str:
@@ -342,152 +346,129 @@ def normalize_rows_back(table, t, b0, b1, B):
 # The passes over time
 
 
-def _products_back(lay: Layout, text: str) -> Any:
-    """source_step(p, t, b0, b1, v0, v1, s): the gradients of a stage's recurrent product, added to its source's."""
-    NP, GH, VB, COLUMNS = lay.pre, lay.h_gates, VECTOR_BYTES, TILE_COLUMNS
-    NH = NP - GH
-
-    def source_step(p, t, b0, b1, v0, v1, s):
-        H, units, d, rt, zeros = get(p, P.H), get(p, P.K), get(p, P.D), get(p, P.RT), get(p, P.ZEROS)
-        d_row, mask, mask_row = NP * H * 4, get(p, P.D_MASK), get(p, P.MASK_B)
-        row, into = get(p, P.D_SOURCE_B), get(p, P.D_SOURCE) + (t & 1) * get(p, P.D_SOURCE_T)
-        masked = mask != 0
-        mask += t * get(p, P.MASK_T)
-        for v in range(v0, v1, COLUMNS):
-            n = min(COLUMNS, v1 - v)
-            b = b0
-            while b < b1:
-                m = tile_rows(b1 - b)
-                tile1(
-                    load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + m - 1) * 8),
-                    d + b * d_row + NH * H * 4, d_row, 4, GH * H, rt + v * VB * (GH * H), n * VB, zeros, 0, s, n * VB,
-                )  # fmt: skip
-                for k in range(m):
-                    for q in range(n):
-                        value, a = load(s + (k * n + q) * VB), into + (b + k) * row + (v + q) * VB
-                        if masked:
-                            value = value * load_n(
-                                mask + (b + k) * mask_row + (v + q) * VB, units - (v + q) * LANES
-                            )
-                        store(a, load(a) + value)
-                b += m
-
-    source_step.__qualname__ = unique_name("source_step", repr(lay) + text)
-    return njit(**INNER_OPTIONS)(source_step)
-
-
-def _driver_text(cell: Cell) -> str:
-    """Both passes over time: the loops around stages, with barriers where threads share a row's units."""
-    meet = "            if units_split: step += 1; barrier(flags, shard, shards, step)"
-    head = [
-        f"    T = {field(P.T)}; B = {field(P.B)}; flags = {field(P.FLAGS)}; units_split = {field(P.UNITS_SPLIT)} != 0",
-        f"    s = {field(P.SCRATCH)} + shard * SCRATCH; step = 1; r0, r1 = share(B, shard, shards); b0, b1 = r0, r1",
-        "    if units_split: b0, b1 = 0, B",
-    ]
-    stages = list(enumerate(cell.stages))
-    for k, _ in stages:
-        head += [
-            f"    p{k} = p + {k * PLAN_BYTES}; u{k} = 0; e{k} = load_int(p{k} + {8 * P.BLOCKS})",
-            f"    if units_split: u{k}, e{k} = share(e{k}, shard, shards)",
-        ]
-    forward = ["def forward(p, shard, shards):", *head]
-    forward += [f"    pack{k}(p{k}, shard, shards)" for k, s in stages if s.pre]
-    forward += ["    barrier(flags, shard, shards, step)"]
-    forward += [
-        f"    if load_int(p{k} + {8 * P.APART}) != 0: input_product{k}(p{k}, u{k}, e{k})"
-        for k, s in stages
-        if s.x_gates
-    ]
-    forward.append("    for t in range(T):")
-    for k, stage in stages:
-        for n in range(len(stage.norms)):
-            table = f"load_int(load_int(p{k} + {8 * P.NORMS}) + {8 * n})"
-            forward.append(f"        normalize_rows({table}, t, r0, r1, B)")
-        if stage.norms:
-            forward.append(meet[4:])
-        forward += [f"        forward_step{k}(p{k}, t, b0, b1, u{k}, e{k}, s)", meet[4:]]
-    backward = ["def backward(p, shard, shards):", *head]
-    backward += [f"    pack_back{k}(p{k}, shard, shards)" for k, s in stages if s.pre]
-    for k, stage in stages:
-        if stage.pre:
-            backward += [
-                f"    v{k} = 0; w{k} = (load_int(p{k} + {8 * P.K}) + {LANES - 1}) // {LANES}",
-                f"    x{k} = 0; z{k} = (load_int(p{k} + {8 * P.I}) + {LANES - 1}) // {LANES}",
-                f"    if units_split: v{k}, w{k} = share_panels(w{k}, shard, shards)",
-                f"    if units_split: x{k}, z{k} = share_panels(z{k}, shard, shards)",
-            ]
-    backward += ["    barrier(flags, shard, shards, step)", "    for t in range(T - 1, -1, -1):"]
-    for k, stage in reversed(stages):
-        backward += [
-            f"        for u in range(u{k}, e{k}):",
-            "            b = b0",
-            "            while b < b1:",
-            "                m = tile_rows(b1 - b)",
-            f"                backward_tile{k}(p{k}, m, t, b, u)",
-            "                b += m",
-            meet[4:],
-        ]
-        if stage.h_gates:
-            backward.append(f"        source_step{k}(p{k}, t, b0, b1, v{k}, w{k}, s)")
-        if stage.x_gates:
-            dx = f"load_int(p{k} + {8 * P.DX}) != 0"
-            d = f"load_int(p{k} + {8 * P.D})"
-            backward.append(f"        if {dx}: dx_step{k}(p{k}, t, {d}, b0, b1, x{k}, z{k}, s)")
-        if stage.pre:
-            backward.append(meet[4:])
-        for n in range(len(stage.norms)):
-            table = f"load_int(load_int(p{k} + {8 * P.NORMS}) + {8 * n})"
-            backward.append(f"        normalize_rows_back({table}, t, r0, r1, B)")
-        if stage.norms:
-            backward.append(meet[4:])
-    backward.append("    step += 1; barrier(flags, shard, shards, step)")
-    backward += [f"    closing{k}(p{k}, shard, shards)" for k, s in stages if s.pre]
-    backward.append("    step += 1; barrier(flags, shard, shards, step)")
-    backward += [f"    unpack{k}(p{k}, shard, shards)" for k, s in stages if s.pre]
-    return "\n".join(forward) + "\n\n" + "\n".join(backward) + "\n"
-
-
 @njit(**INNER_OPTIONS)
-def share_panels(vectors, shard, shards):
-    """A thread's share of so many vectors, in whole panels of TILE_COLUMNS."""
-    first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
-    return first * TILE_COLUMNS, min(last * TILE_COLUMNS, vectors)
+def source_step(p, t, b0, b1, v0, v1, s):
+    """The gradients of a stage's recurrent product, added to its source's."""
+    H, units, depth, zeros = get(p, P.H), get(p, P.K), get(p, P.H_GATES) * get(p, P.H), get(p, P.ZEROS)
+    d_row, mask, mask_row = get(p, P.PRE) * H * 4, get(p, P.D_MASK), get(p, P.MASK_B)
+    row, into = get(p, P.D_SOURCE_B), get(p, P.D_SOURCE) + (t & 1) * get(p, P.D_SOURCE_T)
+    d, masked = get(p, P.D) + d_row - depth * 4, mask != 0
+    mask += t * get(p, P.MASK_T)
+    for v in range(v0, v1, TILE_COLUMNS):
+        n = min(TILE_COLUMNS, v1 - v)
+        b = b0
+        while b < b1:
+            m = tile_rows(b1 - b)
+            tile1(
+                load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                d + b * d_row, d_row, 4, depth, get(p, P.RT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
+                zeros, 0, s, n * VECTOR_BYTES,
+            )  # fmt: skip
+            for k in range(m):
+                for q in range(v, v + n):
+                    value = load(s + (k * n + q - v) * VECTOR_BYTES)
+                    a = into + (b + k) * row + q * VECTOR_BYTES
+                    if masked:
+                        at = mask + (b + k) * mask_row + q * VECTOR_BYTES
+                        value = value * load_n(at, units - q * LANES)
+                    store(a, load(a) + value)
+            b += m
+
+
+def _forward(p, shard, shards):
+    T, B, flags, units_split = get(p, P.T), get(p, P.B), get(p, P.FLAGS), get(p, P.UNITS_SPLIT) != 0
+    s, met, end = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES), 1, p + get(p, P.STAGES) * PLAN_BYTES
+    r0, r1 = share(B, shard, shards)
+    b0, b1 = (0, B) if units_split else (r0, r1)
+    for stage in range(p, end, PLAN_BYTES):
+        call_part(get(p, P.PACK), stage, shard, shards)
+    barrier(flags, shard, shards, met)
+    for stage in range(p, end, PLAN_BYTES):
+        if get(stage, P.APART) != 0:
+            blocks = get(stage, P.BLOCKS)
+            u0, u1 = share(blocks, shard, shards) if units_split else (0, blocks)
+            call_part(get(p, P.INPUT_PRODUCT), stage, u0, u1)
+    for t in range(T):
+        for stage in range(p, end, PLAN_BYTES):
+            norms = get(stage, P.NORM_COUNT)
+            for n in range(norms):
+                normalize_rows(load_int(get(stage, P.NORMS) + 8 * n), t, r0, r1, B)
+            if norms != 0 and units_split:
+                met += 1
+                barrier(flags, shard, shards, met)
+            blocks = get(stage, P.BLOCKS)
+            u0, u1 = share(blocks, shard, shards) if units_split else (0, blocks)
+            call_forward_step(get(p, P.FORWARD_STEP), stage, t, b0, b1, u0, u1, s)
+            if units_split:
+                met += 1
+                barrier(flags, shard, shards, met)
+
+
+def _backward(p, shard, shards):
+    T, B, flags, units_split = get(p, P.T), get(p, P.B), get(p, P.FLAGS), get(p, P.UNITS_SPLIT) != 0
+    s, met, end = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES), 1, p + get(p, P.STAGES) * PLAN_BYTES
+    r0, r1 = share(B, shard, shards)
+    b0, b1 = (0, B) if units_split else (r0, r1)
+    for stage in range(p, end, PLAN_BYTES):
+        call_part(get(p, P.PACK_BACK), stage, shard, shards)
+    barrier(flags, shard, shards, met)
+    for t in range(T - 1, -1, -1):
+        for stage in range(end - PLAN_BYTES, p - PLAN_BYTES, -PLAN_BYTES):
+            tile, blocks, pre = get(stage, P.BACKWARD_TILE), get(stage, P.BLOCKS), get(stage, P.PRE)
+            u0, u1 = share(blocks, shard, shards) if units_split else (0, blocks)
+            for u in range(u0, u1):
+                b = b0
+                while b < b1:
+                    m = tile_rows(b1 - b)
+                    call_backward_tile(tile, stage, m, t, b, u)
+                    b += m
+            if units_split:
+                met += 1
+                barrier(flags, shard, shards, met)
+            if pre != 0:
+                v0, v1 = 0, (get(stage, P.K) + LANES - 1) // LANES
+                x0, x1 = 0, (get(stage, P.I) + LANES - 1) // LANES
+                if units_split:
+                    v0, v1 = share_panels(v1, shard, shards)
+                    x0, x1 = share_panels(x1, shard, shards)
+                if get(stage, P.H_GATES) != 0:
+                    source_step(stage, t, b0, b1, v0, v1, s)
+                if get(stage, P.DX) != 0:
+                    call_dx_step(get(p, P.DX_STEP), stage, t, get(stage, P.D), b0, b1, x0, x1, s)
+                if units_split:
+                    met += 1
+                    barrier(flags, shard, shards, met)
+            norms = get(stage, P.NORM_COUNT)
+            for n in range(norms):
+                normalize_rows_back(load_int(get(stage, P.NORMS) + 8 * n), t, r0, r1, B)
+            if norms != 0 and units_split:
+                met += 1
+                barrier(flags, shard, shards, met)
+    met += 1
+    barrier(flags, shard, shards, met)
+    for stage in range(p, end, PLAN_BYTES):
+        call_part(get(p, P.CLOSING), stage, shard, shards)
+    met += 1
+    barrier(flags, shard, shards, met)
+    for stage in range(p, end, PLAN_BYTES):
+        call_part(get(p, P.UNPACK), stage, shard, shards)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Any:
+    """One of the passes above, for all cells."""
+    return compile_kernel(function, f"staged{function.__name__}", "", SIGNATURE)
+
+
+@cache
+def _tiles(cell: Cell, emit: Callable[..., str]) -> list[int]:
+    """The addresses of one of the two tiles of each stage."""
+    return [compile_tile(emit(cell, s, Layout.of(s)), f"{cell.name}_{k}") for k, s in enumerate(cell.stages)]
 
 
 def _scratch_floats(cell: Cell) -> int:
     """Floats of scratch memory a thread."""
     return TILE_ROWS * max(TILE_COLUMNS * LANES, *(len(s.pre) * Layout.of(s).width for s in cell.stages))
-
-
-@cache
-def _functions(cell: Cell) -> tuple[str, Any, Any]:
-    """The text that a cell's kernels are made from, and the two passes, not yet compiled."""
-    text = _driver_text(cell)
-    sources = [tile_source(cell, stage) for stage in cell.stages]
-    scope: dict[str, Any] = {
-        "__name__": __name__,  # without a module Numba would pickle all of these, and the builtins too
-        "load_int": load_int, "share": share, "share_panels": share_panels, "barrier": barrier, "tile_rows": tile_rows,
-        "normalize_rows": normalize_rows, "normalize_rows_back": normalize_rows_back, "SCRATCH": 4 * _scratch_floats(cell),
-    }  # fmt: skip
-    for k, (stage, source) in enumerate(zip(cell.stages, sources, strict=True)):
-        lay = Layout.of(stage)
-        forward_tile, scope[f"backward_tile{k}"] = tile_functions(cell.name, source)
-        scope |= {f"{name}{k}": f for name, f in loops(lay, forward_tile, source)._asdict().items()}
-        scope[f"source_step{k}"] = _products_back(lay, source)
-    exec(compile(text, f"<stages of {cell.name}>", "exec"), scope)
-    return text + "".join(sources), scope["forward"], scope["backward"]
-
-
-@cache
-def forward_kernel(cell: Cell) -> Any:
-    text, function, _ = _functions(cell)
-    return compile_kernel(function, f"{cell.name}_forward", text, SIGNATURE)
-
-
-@cache
-def backward_kernel(cell: Cell) -> Any:
-    text, _, function = _functions(cell)
-    return compile_kernel(function, f"{cell.name}_backward", text, SIGNATURE)
 
 
 # Laying out memory
@@ -609,9 +590,11 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         P.AUX: tables.add("aux", aux), P.FLAGS: Relative("flags"), P.SCRATCH: Relative("scratch"),
         P.ZEROS: Relative("zeros"), P.X: Relative("x"), P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
         P.MASK: Relative("mask"), P.MASK_T: Relative("mask t"), P.MASK_B: Relative("mask b"),
+        P.STAGES: len(cell.stages), P.SCRATCH_BYTES: 4 * _scratch_floats(cell), **forward_parts(),
     }  # fmt: skip
+    forward_tiles = _tiles(cell, _forward_tile)
     for k, stage in enumerate(cell.stages):
-        lay = Layout.of(stage)
+        lay, products = Layout.of(stage), product_tiles(stage)
         made, features, depth = (
             (Q if stage.projects else H),
             (I if stage.x_gates else 0),
@@ -657,7 +640,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.X_COLUMN: tables.add(f"x column {k}", x_column.tolist()),
             P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
-            P.FUSED: tile_addresses(stage).ctypes.data, P.VECTORS: tables.add(f"vectors {k}", table),
+            P.FUSED: products.ctypes.data, P.GROUPS: len(products), P.WIDTH: lay.width, P.PRE: lay.pre,
+            P.FORWARD_TILE: forward_tiles[k], P.NORM_COUNT: len(norms), P.VECTORS: tables.add(f"vectors {k}", table),
             P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],
             P.BIAS: Relative("bias") if stage.x_gates else 0,
             P.D_MASK: 0 if stage.projects else Relative("mask"),  # nothing is dropped on the way into a projection
@@ -683,7 +667,7 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
         added.update(enumerate(words, at[name] + offset))
         return Relative("table", 8 * at[name])
 
-    begun = False
+    begun, tiles = False, _tiles(cell, _backward_tile)
     for k, stage in reversed(list(enumerate(cell.stages))):
         lay = Layout.of(stage)
         made, features = (shape.Q if stage.projects else H), (shape.I if stage.x_gates else 0)
@@ -713,7 +697,8 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
             P.WT: Relative(f"wt {k}"), P.DKERNEL: Relative("dkernel"),
             P.DRECURRENT: Relative("dprojection" if stage.projects else "drecurrent"),
             P.D_SOURCE: source, P.D_SOURCE_T: parity, P.D_SOURCE_B: row,
-            P.DX: Relative("dx") if has_dx else 0, P.DX_ADD: int(begun),
+            P.DX: Relative("dx") if has_dx else 0, P.DX_ADD: int(begun), P.BACKWARD_TILE: tiles[k],
+            **backward_parts(),
         }  # fmt: skip
         begun = begun or has_dx
         added.update({k * len(P) + place_of: word for place_of, word in plan.items()})
@@ -742,8 +727,8 @@ def prepare(
         "mask": 0, "mask t": 0, "mask b": 0,
     }  # fmt: skip
     for k, (name, a) in enumerate(zip(cell.aux, aux, strict=True)):
-        steps = by_step(a, (T, B, Q if any(s.projects and name in s.aux for s in cell.stages) else H))
-        values |= {f"aux {k}": steps, f"aux {k} t": steps.strides[0], f"aux {k} b": steps.strides[1]}
+        rows = by_step(a, (T, B, aux_columns(cell, name, H, Q)))
+        values |= {f"aux {k}": rows, f"aux {k} t": rows.strides[0], f"aux {k} b": rows.strides[1]}
     if recurrent_mask is not None:
         mask = by_step(recurrent_mask, (T, B, Q))
         values |= {"mask": mask, "mask t": mask.strides[0], "mask b": mask.strides[1]}
@@ -774,7 +759,7 @@ def prepare(
         )  # fmt: skip
         return Forward(hs[1:, :, :Q], final, tuple(s[1:, :, :H] for s in sequences[1:]), residual)
 
-    return Prepared(forward_kernel(cell), table, shards, finish)
+    return Prepared(compiled(_forward), table, shards, finish)
 
 
 def prepare_back(
@@ -840,4 +825,4 @@ def prepare_back(
         del residual.slab, residual.inputs  # their memory is free for the next step
         return found
 
-    return Prepared(backward_kernel(cell), table, residual.shards, finish)
+    return Prepared(compiled(_backward), table, residual.shards, finish)

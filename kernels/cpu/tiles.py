@@ -1,18 +1,21 @@
-"""Tiles as text: a stage's emitted equations between loads and stores, and their compilation into functions."""
+"""Tiles as text: a stage's emitted equations between loads and stores, and their compilation.
+
+A compiled tile is called by its address, which plans hold: so the loops around tiles are compiled once for all cells."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from numba import njit
+from numba import types
 
 from ..derive import Cell
 from . import math as vector_math
-from .cache import unique_name
-from .simd import INNER_OPTIONS, K, keep_n, load, load_byte, load_int, load_n, store, store_n
+from .cache import compile_address
+from .simd import K, caller, keep_n, load, load_byte, load_int, load_n, store, store_n
 
-__all__ = ["aux_rows", "inline", "tile_functions"]
+__all__ = ["aux_rows", "call_forward_tile", "compile_tile", "inline"]
+
+call_forward_tile = caller(7)  # p, s, s_step, rows, t, b, u
 
 
 def inline(source: str, arguments: tuple[str, ...], results: list[str], indent: str) -> list[str]:
@@ -39,10 +42,11 @@ def aux_rows(cell: Cell, place: str) -> list[str]:
     ]
 
 
-def tile_functions(name: str, source: str) -> list[Any]:
-    """`forward_tile` and `backward_tile` of the text `source`, ready to be compiled into a kernel."""
+def compile_tile(source: str, name: str) -> int:
+    """Compile the tile function that is the text `source`, all of whose arguments are int64; its address."""
     scope = dict(
         vector_math.NAMES,
+        __name__=__name__,  # without a module Numba would pickle all of these, and the builtins too
         K=K,
         load=load,
         store=store,
@@ -52,8 +56,7 @@ def tile_functions(name: str, source: str) -> list[Any]:
         load_int=load_int,
         load_byte=load_byte,
     )
-    exec(compile(source, f"<cell {name}>", "exec"), scope)
-    tiles = [scope["forward_tile"], scope["backward_tile"]]
-    for tile in tiles:
-        tile.__qualname__ = unique_name(tile.__name__, source)
-    return [njit(**INNER_OPTIONS)(tile) for tile in tiles]
+    tile = source.split("(", 1)[0].removeprefix("def ")
+    exec(compile(source, f"<{tile} of {name}>", "exec"), scope)
+    arguments = source.split(")", 1)[0].count(",") + 1
+    return compile_address(scope[tile], f"{name}_{tile}", source, types.void(*[types.int64] * arguments))

@@ -1,0 +1,273 @@
+"""The loops around a stage's tiles: packing weights, the products of a step, the products over all steps at the end.
+
+A cell's own code is two tiles, its equations and their gradient (fused.py, staged.py), called by address; everything here
+takes its numbers from the plan and is compiled once for all cells. What these loops cost beside the tiles they call does
+not show; compiled for each cell, with its numbers as constants, they took three quarters of its compilation. They
+are kernels of their own, called by address too: inlined into a pass, LLVM would work through each twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from numba import njit, types
+
+from .cache import compile_address
+from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .layout import P
+from .microkernel import TRANSPOSE, tile1, tile2, transpose
+from .plan import get, share
+from .simd import (
+    INNER_OPTIONS,
+    VECTOR_BYTES,
+    caller,
+    load,
+    load_int,
+    load_n,
+    load_scalar,
+    store,
+    store_n,
+    store_scalar,
+    zero_bytes,
+)
+from .tiles import call_forward_tile
+
+__all__ = [
+    "backward_parts",
+    "call_dx_step",
+    "call_forward_step",
+    "call_part",
+    "forward_parts",
+    "share_panels",
+    "tile_rows",
+]
+
+call_part = caller(3)  # the plan, and the caller's share of the work
+call_forward_step = caller(7)
+call_dx_step = caller(8)
+GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
+GROUP = 8 * (TILE_ROWS + 2)  # bytes of a row of `product_tiles`; its last two numbers are at
+FIRST, R_FIRST = 8 * TILE_ROWS, 8 * (TILE_ROWS + 1)
+
+
+@njit(**INNER_OPTIONS)
+def tile_rows(left):
+    """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
+    if left >= 2 * TILE_ROWS or left == TILE_ROWS:
+        return TILE_ROWS
+    return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
+
+
+@njit(**INNER_OPTIONS)
+def share_panels(vectors, shard, shards):
+    """A thread's share of so many vectors, in whole panels of TILE_COLUMNS."""
+    first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
+    return first * TILE_COLUMNS, min(last * TILE_COLUMNS, vectors)
+
+
+def pack(p, shard, shards):
+    """The weights in the order of the forward tiles, the gates' columns of each block of units side by side, padded with
+    0: (rows, row) -> [block][rows][gates width]. And the biases."""
+    H, width, blocks = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS)
+    u0, u1 = share(blocks, shard, shards)
+    source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
+    of_gate, out, step = get(p, P.X_COLUMN), get(p, P.WP), gates * width * 4
+    for kind in range(3):  # one body in a loop: LLVM would work through three of them three times
+        for u in range(u0, u1):
+            for k in range(rows):
+                z = out + (u * rows + k) * step
+                for g in range(gates):
+                    a = source + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
+                    for q in range(0, width, LANES):
+                        store(z + (g * width + q) * 4, load_n(a + q * 4, H - u * width - q))
+        if kind == 0:
+            source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
+            of_gate, out, step = get(p, P.H_COLUMN), get(p, P.RP), gates * width * 4
+        else:
+            source, gates, out = get(p, P.BIAS), get(p, P.X_GATES), get(p, P.BP)
+            of_gate, step, rows = get(p, P.X_COLUMN), get(p, P.PRE) * width * 4, 1 if source != 0 else 0
+
+
+def input_product(p, u0, u1):
+    """The input's part of all pre-activations: tall tiles read the input's weights once for many steps."""
+    TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
+    row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
+    for u in range(u0, u1):
+        gates, wp = get(p, P.GATES) + u * TB * row, get(p, P.WP) + u * I * x_row
+        for r in range(0, TB, TILE_ROWS):
+            for group in range(fused, fused + get(p, P.GROUPS) * GROUP, GROUP):
+                first = load_int(group + FIRST)
+                tile2(
+                    load_int(group + (min(TILE_ROWS, TB - r) - 1) * 8),
+                    x + r * I * 4, I * 4, 4, I, wp + first, x_row,
+                    0, 0, 0, 0, 0, 0,
+                    bp + u * row + first, 0, gates + r * row + first, row,
+                )  # fmt: skip
+
+
+def forward_step(p, t, b0, b1, u0, u1, scratch):
+    """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it."""
+    B, I, K, apart, fused = get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.APART), get(p, P.FUSED)
+    row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
+    h_row, groups, tile = get(p, P.H_GATES) * get(p, P.WIDTH) * 4, get(p, P.GROUPS), get(p, P.FORWARD_TILE)
+    fed_row, in_memory, TB, depth = get(p, P.FED_B), get(p, P.TRAINING) + apart, get(p, P.T) * B, I
+    fed, x = get(p, P.FED) + t * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
+    if apart != 0:
+        depth = 0
+    for u in range(u0, u1):
+        wp, rp = get(p, P.WP) + u * I * x_row, get(p, P.RP) + u * K * h_row
+        bias, gates = get(p, P.BP) + u * row, get(p, P.GATES) + (u * TB + t * B) * row
+        b = b0
+        while b < b1:
+            m = tile_rows(b1 - b)
+            s, start, start_step = scratch, bias, 0
+            if in_memory != 0:
+                s = gates + b * row
+            if apart != 0:
+                start, start_step = s, row
+            for group in range(fused, fused + groups * GROUP, GROUP):
+                first = load_int(group + FIRST)
+                tile2(
+                    load_int(group + (m - 1) * 8),
+                    x + b * I * 4, I * 4, 4, depth, wp + first, x_row,
+                    fed + b * fed_row, fed_row, 4, K, rp + load_int(group + R_FIRST), h_row,
+                    start + first, start_step, s + first, row,
+                )  # fmt: skip
+            call_forward_tile(tile, p, s, row, m, t, b, u)
+            b += m
+
+
+def pack_back(p, shard, shards):
+    """The weights transposed: (rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors
+    LANES], padded with 0. In blocks of LANES by LANES: float by float it took a fifth of a short sequence's backward
+    pass."""
+    H, by_block = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE)
+    source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
+    of_gate, out = get(p, P.H_COLUMN), get(p, P.RT)
+    for _ in range(2 if get(p, P.DX) != 0 else 1):
+        vectors, depth = (rows + LANES - 1) // LANES, gates * H
+        first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
+        for j in range(first, last):
+            v0 = j * TILE_COLUMNS
+            width = min(TILE_COLUMNS, vectors - v0) * LANES
+            panel, here = out + v0 * LANES * depth * 4, min(width, rows - v0 * LANES)
+            if here < width:
+                zero_bytes(panel, depth * width * 4)
+            whole = here // LANES * LANES if H >= LANES else 0  # columns of the panel that go in blocks
+            for g in range(gates):
+                a = source + (v0 * LANES * row + load_int(of_gate + 8 * g) * H) * 4
+                z = panel + g * H * width * 4
+                for c in range(0, whole, LANES):
+                    for k in range(0, H, LANES):
+                        u = min(k, H - LANES)  # the last block may overlap the one before
+                        transpose(
+                            by_block, a + (c * row + u) * 4, row * 4, z + (u * width + c) * 4, width * 4
+                        )
+                for c in range(whole, here):
+                    for u in range(H):
+                        store_scalar(z + (u * width + c) * 4, load_scalar(a + (c * row + u) * 4))
+        source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
+        of_gate, out = get(p, P.X_COLUMN), get(p, P.WT)
+
+
+def dx_step(p, t, d, b0, b1, x0, x1, s):
+    """Step t's gradient of the input, rows b0 to b1 and vectors x0 to x1, of the gates' gradients at `d`."""
+    B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * get(p, P.H)
+    d_row, add = get(p, P.PRE) * get(p, P.H) * 4, get(p, P.DX_ADD)
+    for v in range(x0, x1, TILE_COLUMNS):
+        n = min(TILE_COLUMNS, x1 - v)
+        b = b0
+        while b < b1:
+            m = tile_rows(b1 - b)
+            tile1(
+                load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                d + b * d_row, d_row, 4, depth, get(p, P.WT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
+                get(p, P.ZEROS), 0, s, n * VECTOR_BYTES,
+            )  # fmt: skip
+            for k in range(m):
+                out = get(p, P.DX) + ((t * B + b + k) * I + v * LANES) * 4
+                for q in range(0, n * VECTOR_BYTES, VECTOR_BYTES):
+                    value, left = load(s + k * n * VECTOR_BYTES + q), I - v * LANES - q // 4
+                    if add != 0:
+                        value = value + load_n(out + q, left)
+                    store_n(out + q, value, left)
+            b += m
+
+
+def closing(p, shard, shards):
+    """The weights' gradients, packed: dW = x^T dgates, dR = h^T dgates, db = sum of dgates.
+
+    Output tiles are shared out, blocks of rows outermost, so that these rows stay in cache for every tile."""
+    TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
+    gates, plain, width, pre = get(p, P.GATES), get(p, P.PLAIN), get(p, P.WIDTH) * 4, get(p, P.PRE)
+    row, x_row, h_row = pre * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
+    x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (K + TILE_ROWS - 1) // TILE_ROWS
+    per_block = x_tiles + h_tiles
+    first, last = share(blocks * per_block, shard, shards)
+    for k in range(0, TB, GRADIENT_ROWS):
+        rows = min(GRADIENT_ROWS, TB - k)
+        for u in range(first // per_block, blocks):
+            if u * per_block >= last:
+                break
+            panel = gates + (u * TB + k) * row
+            for i in range(max(first - u * per_block, 0), min(last - u * per_block, per_block)):
+                if i == 0:
+                    for c in range(0, x_row, VECTOR_BYTES):
+                        a = get(p, P.DBP) + u * row + c
+                        total = load(a)
+                        for q in range(panel + c, panel + c + rows * row, row):
+                            total = total + load(q)
+                        store(a, total)
+                if i < x_tiles:
+                    m, M, step, out_row = i * TILE_ROWS, I, I * 4, x_row
+                    source, out, start = get(p, P.X), get(p, P.DWP), panel
+                else:
+                    m, M, step, out_row = (i - x_tiles) * TILE_ROWS, K, get(p, P.FED_B), h_row
+                    source, out, start = get(p, P.FED), get(p, P.DRP), panel + row - h_row
+                out += (u * M + m) * out_row
+                source += k * step + m * 4
+                for c in range(0, out_row, TILE_COLUMNS * VECTOR_BYTES):
+                    n = min(TILE_COLUMNS, (out_row - c) // VECTOR_BYTES)
+                    tile1(
+                        load_int(plain + ((n - 1) * TILE_ROWS + min(TILE_ROWS, M - m) - 1) * 8),
+                        source, 4, step, rows, start + c, row, out + c, out_row, out + c, out_row,
+                    )  # fmt: skip
+
+
+def unpack(p, shard, shards):
+    """The packed gradients of the weights in the weights' own order: the reverse of `pack`."""
+    H, blocks, width = get(p, P.H), get(p, P.BLOCKS), get(p, P.WIDTH)
+    packed, rows, gates, of_gate = get(p, P.DWP), get(p, P.I), get(p, P.X_GATES), get(p, P.X_COLUMN)
+    out, row = get(p, P.DKERNEL), get(p, P.X_ROW)
+    for _ in range(2):
+        first, last = share(rows, shard, shards)
+        for k in range(first, last):
+            for u in range(blocks):
+                for g in range(gates):
+                    a = packed + ((u * rows + k) * gates + g) * width * 4
+                    z = out + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
+                    for q in range(0, width, LANES):
+                        store_n(z + q * 4, load(a + q * 4), H - u * width - q)
+        packed, rows, gates, of_gate = get(p, P.DRP), get(p, P.K), get(p, P.H_GATES), get(p, P.H_COLUMN)
+        out, row = get(p, P.DRECURRENT), get(p, P.H_ROW)
+
+
+@cache
+def _addresses(*functions: Callable[..., None]) -> dict[P, int]:
+    """The functions compiled: their places in the plan, and their addresses."""
+    arguments = lambda f: f.__code__.co_argcount
+    return {
+        P[f.__name__.upper()]: compile_address(f, f.__name__, "", types.void(*[types.int64] * arguments(f)))
+        for f in functions
+    }
+
+
+def forward_parts() -> dict[P, int]:
+    """What a plan needs for a forward pass."""
+    return _addresses(pack, input_product, forward_step)
+
+
+def backward_parts() -> dict[P, int]:
+    """What a plan needs beside those for a backward pass."""
+    return _addresses(pack_back, dx_step, closing, unpack)
