@@ -134,7 +134,9 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
         function: what to compile; it may close over vector operations and emitted functions.
         name: for file names and error messages.
         text: all that the function depends on besides this package's sources: emitted source and constants.
-        signature: Numba argument types.
+        signature: Numba types of the result and of the arguments.
+
+    Returns what can be called from Python; its `address` is that of the same function by C's calling convention.
     """
     key = hashlib.sha256("\0".join((_surroundings(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
     function.__qualname__ = unique_name(name, key)
@@ -148,6 +150,8 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
             pass  # the directory can't be made: compile in memory
     dispatcher.compile(signature)
     dispatcher.disable_compile()
+    (compiled,) = dispatcher.overloads.values()
+    dispatcher.address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
     return dispatcher
 
 
@@ -155,8 +159,7 @@ _KEEP_LOADED: list[Any] = []  # an address is good while its library is loaded
 
 
 def compile_address(function: Callable[..., Any], name: str, text: str, signature: Any) -> int:
-    """`compile_kernel`, for a function that other kernels call: its address, by the C calling convention."""
+    """`compile_kernel`, for a function that only other kernels call: its address."""
     kernel = compile_kernel(function, name, text, signature)
     _KEEP_LOADED.append(kernel)
-    (compiled,) = kernel.overloads.values()
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return kernel.address

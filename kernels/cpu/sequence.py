@@ -21,9 +21,9 @@ from .layout import Layout, Prepared, Residual
 __all__ = ["backward", "backward_all", "explain", "forward", "forward_all"]
 
 # The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
-ONE_THREAD_BELOW = (
-    2e7  # floating-point operations of a forward pass; a second thread costs about 45 us to start
-)
+# Floating-point operations of a forward pass below which one thread does it: where the others must be woken first, which
+# takes about 50 us, and where they are awake.
+ONE_THREAD_BELOW, ONE_AWAKE_BELOW = 2e7, 3e6
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
 APART_FROM = 16  # inputs from which few rows have their input product computed apart
@@ -39,7 +39,7 @@ def _split(cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1) -> tupl
     n, blocks = max(1, threads.get_num_threads() // at_once), -(-H // Layout.of(cell.stages[0]).width)
     operations = _operations(cell, T, B, I, H)
     weights = operations / (2.0 * T * B)
-    if n == 1 or operations < ONE_THREAD_BELOW:
+    if n == 1 or operations < ONE_AWAKE_BELOW or (operations < ONE_THREAD_BELOW and not threads.ready()):
         return 1, False
     if ROWS_FOR_BATCH_SPLIT * n <= B and 4 * weights <= CACHE_BYTES:
         return n, False

@@ -1,32 +1,44 @@
-"""The threads that kernels run on: one gang of long-lived Python threads, one dispatch a sequence, a barrier inside.
+"""The threads that kernels run on: one gang of long-lived helpers, one dispatch a sequence, a barrier inside.
 
-A kernel is called as kernel(plan, shard, shards) with the GIL released, once on each of `shards` threads, the caller's
-included. Kernels that meet at barriers need all their shards running at once, so only one gang works at a time (a lock);
-a kernel with a single shard needs no gang and no lock, so that servers may call from many threads. After a fork the child
-builds its own gang.
+A kernel is called as kernel(plan, shard, shards) without the GIL, once on each of `shards` threads, the caller's included.
+Kernels that meet at barriers need all their shards running at once, so only one gang works at a time (a lock); a kernel
+with a single shard needs no gang and no lock, so that servers may call from many threads. After a fork the child builds
+its own gang.
+
+A helper that has finished looks out for more work for about half a millisecond before it sleeps, in compiled code, without
+the GIL. While it does, a dispatch is one native call that costs about a microsecond; waking it costs fifty. What passes
+between the two is the helper's slot, a cache line or two: its state, and the call that it is to make.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import operator
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 from llvmlite import ir
+from numba import njit, types
 
 from . import isa
-from .simd import I32, I64, call, operation, pointer
+from .cache import compile_kernel
+from .simd import I32, I64, INNER_OPTIONS, call, caller, load_int, operation, pointer
 
-__all__ = ["barrier", "get_num_threads", "run", "run_all", "set_num_threads"]
+__all__ = ["barrier", "get_num_threads", "ready", "run", "run_all", "set_num_threads"]
 
-Kernel = Callable[[int, int, int], None]  # (plan, shard, shards)
+Call = tuple[Any, int, int, int]  # kernel, plan, shard, shards
 
+MOST_HELPERS = 255
+SOON = 2e-3  # seconds
 SPINS = 200  # pauses before a waiting shard offers its core to others
 FLAG_BYTES = 64  # one cache line a shard
 
@@ -92,84 +104,214 @@ def leave_cpu(cpu: int) -> None:
             os.sched_setaffinity(0, allowed)
 
 
-Call = tuple[Kernel, int, int, int]  # kernel, plan, shard, shards
+# The states of a helper, in its slot; only the holder of the gang's lock hands out work.
+ASLEEP, WAITING, RESERVED, WORKING = range(4)
+SLOT_BYTES = 128  # two cache lines: processors fetch pairs
+LOOKOUT = 30_000  # pauses; about half a millisecond
 
 
-class _Job:
-    """One dispatch: its calls, one a thread, and which of those on workers have finished, with what error."""
-
-    def __init__(self, calls: list[Call]) -> None:
-        self.calls, self.cpu = calls, current_cpu()
-        self.finished: list[BaseException | None] = []
-        self.bell: SimpleQueue[None] = SimpleQueue()  # rung whenever one more has finished
-
-    def run(self, k: int) -> None:
-        error: BaseException | None = None
-        try:
-            leave_cpu(self.cpu)
-            kernel, *arguments = self.calls[k]
-            kernel(*arguments)
-        except BaseException as raised:  # the caller's to raise
-            error = raised
-        self.finished.append(error)
-        self.bell.put(None)
+@operation("i(i)")
+def load_acquire(b, address):
+    return b.load_atomic(pointer(b, address, I64), "acquire", 8)
 
 
-class _Worker:
-    """A thread that runs the shards it is handed."""
+@operation("0(ii)")
+def store_release(b, address, value):
+    b.store_atomic(value, pointer(b, address, I64), "release", 8)
 
-    def __init__(self) -> None:
-        self.inbox: SimpleQueue[tuple[_Job, int]] = SimpleQueue()
+
+@operation("i(iii)")
+def exchange_if(b, address, expected, new):
+    """Store `new` where `expected` stands; whether it did."""
+    pair = b.cmpxchg(pointer(b, address, I64), expected, new, "acq_rel", "acquire")
+    return b.zext(b.extract_value(pair, 1), I64)
+
+
+@operation("i(ii)")
+def exchange(b, address, new):
+    """Store `new`; what stood there."""
+    return b.atomic_rmw("xchg", pointer(b, address, I64), new, "acq_rel")
+
+
+@operation("0()")
+def pause(b):
+    if isa.IS_X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@operation("0()")
+def give_way(b):
+    """Offer the core to other threads."""
+    call(b, "sched_yield" if os.name == "posix" else "SwitchToThread", I32)
+
+
+call_kernel = caller(3)
+
+
+def serve(slot, _, __):
+    """What a helper does from its waking to its sleeping."""
+    waited = 0
+    while True:
+        state = load_acquire(slot)
+        if state == WORKING:
+            call_kernel(load_int(slot + 8), load_int(slot + 16), load_int(slot + 24), load_int(slot + 32))
+            store_release(slot, WAITING)
+            waited = 0
+        elif state == ASLEEP:
+            exchange_if(slot, ASLEEP, WAITING)
+        elif waited < LOOKOUT:
+            waited += 1
+            pause()
+            if waited % SPINS == 0:
+                give_way()
+        elif exchange_if(slot, WAITING, ASLEEP) != 0:
+            return
+
+
+@njit(**INNER_OPTIONS)
+def _hand_out(work, slots, others):
+    for k in range(others):
+        slot, row = slots + k * SLOT_BYTES, work + (k + 1) * 32
+        for n in range(0, 32, 8):
+            store_release(slot + 8 + n, load_int(row + n))
+        exchange(slot, WORKING)
+
+
+@njit(**INNER_OPTIONS)
+def _lead(work, slots, others):
+    call_kernel(load_int(work), load_int(work + 8), load_int(work + 16), load_int(work + 24))
+    for k in range(others):
+        waited = 0
+        while load_acquire(slots + k * SLOT_BYTES) == WORKING:
+            waited += 1
+            pause()
+            if waited % SPINS == 0:
+                give_way()
+
+
+def at_once(work, slots, others):
+    """Make all calls if every helper is waiting: whether it did. work: (kernel, plan, shard, shards) for each thread."""
+    for k in range(others):
+        if exchange_if(slots + k * SLOT_BYTES, WAITING, RESERVED) == 0:
+            for j in range(k):
+                store_release(slots + j * SLOT_BYTES, WAITING)
+            return 0
+    _hand_out(work, slots, others)
+    _lead(work, slots, others)
+    return 1
+
+
+def hand_out(work, slots, others):
+    """Give the helpers their work, asleep or not."""
+    _hand_out(work, slots, others)
+    return 1
+
+
+def lead(work, slots, others):
+    """The caller's part: its own call, then to wait for the others'."""
+    _lead(work, slots, others)
+    return 1
+
+
+@cache
+def _native(function: Callable[..., Any]) -> Any:
+    result = types.void if function is serve else types.int64
+    return compile_kernel(function, function.__name__, "", result(types.int64, types.int64, types.int64))
+
+
+class _Helper:
+    """A thread that serves its slot, and sleeps on its bell; the bell says which core it must not wake on."""
+
+    def __init__(self, slot: int) -> None:
+        self.slot, self.bell = slot, SimpleQueue[int]()
         threading.Thread(target=self._loop, name="numlstm", daemon=True).start()
 
     def _loop(self) -> None:
         while True:
-            job, k = self.inbox.get()
-            job.run(k)
-            del job
+            leave_cpu(self.bell.get())
+            _native(serve)(self.slot, 0, 0)
 
 
 class _Gang:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.workers: list[_Worker] = []
+        self.helpers: list[_Helper] = []
+        self.stirred = 0.0
+        # Never freed: a helper may look at its slot while the interpreter is going down.
+        self.board = (ctypes.c_int64 * ((MOST_HELPERS + 1) * SLOT_BYTES // 8))()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.board))
+        self.slots = -(-ctypes.addressof(self.board) // SLOT_BYTES) * SLOT_BYTES
 
     def run(self, work: list[Call]) -> None:
         """Make every call at once, the first of them on this thread."""
         others = len(work) - 1
+        table = np.array([(kernel.address, *rest) for kernel, *rest in work], np.int64)
+        arguments = table.ctypes.data, self.slots, others
         with self.lock:
-            while len(self.workers) < others:
-                self.workers.append(_Worker())
-            job, errors, started = _Job(work), [], []
-            calls = [partial(w.inbox.put, (job, k)) for k, w in enumerate(self.workers[:others], 1)]
-            calls += [partial(started.append, True), partial(*work[0])]
+            self.grow(others)
+            if _native(at_once)(*arguments):
+                return
+            cpu, helpers = current_cpu(), self.helpers[:others]
+            calls = [partial(_native(hand_out), *arguments), *(partial(h.bell.put, cpu) for h in helpers)]
+            calls.append(partial(_native(lead), *arguments))
+            # One call of C code, in which Python raises no KeyboardInterrupt: all shards start, or none.
+            deque(map(operator.call, calls), maxlen=0)
+
+    def grow(self, count: int) -> None:
+        if count > MOST_HELPERS:
+            raise ValueError(
+                f"number of threads: at most {MOST_HELPERS + 1} can work together, got {count + 1}"
+            )
+        while len(self.helpers) < count:
+            self.helpers.append(_Helper(self.slots + len(self.helpers) * SLOT_BYTES))
+
+    def state(self, k: int) -> int:
+        return ctypes.c_int64.from_address(self.slots + k * SLOT_BYTES).value
+
+    def ready(self) -> bool:
+        """Whether a dispatch would cost next to nothing. If not, but this is asked again soon, helpers wake meanwhile."""
+        others = _num_threads - 1
+        if len(self.helpers) >= others and all(self.state(k) != ASLEEP for k in range(others)):
+            return True
+        now = time.perf_counter()
+        often, self.stirred = now - self.stirred < SOON, now
+        if often and others <= MOST_HELPERS and self.lock.acquire(blocking=False):
             try:
-                # One call of C code, in which Python raises no KeyboardInterrupt: all shards start, or none.
-                deque(map(operator.call, calls), maxlen=0)
+                self.grow(others)
+                for helper in self.helpers[:others]:
+                    helper.bell.put(current_cpu())
             finally:
-                # Whatever happens, the arrays must outlive every shard, also when Ctrl-C arrives here.
-                while started and len(job.finished) < others:
-                    try:
-                        job.bell.get()
-                    except BaseException as raised:
-                        errors.append(raised)
-        errors += [error for error in job.finished if error is not None]
-        if errors:
-            raise errors[0]
+                self.lock.release()
+        return False
+
+    def rest(self) -> None:
+        """Wait until no helper is in compiled code, a second at most."""
+        until = time.perf_counter() + 1
+        while any(self.state(k) != ASLEEP for k in range(len(self.helpers))) and time.perf_counter() < until:
+            time.sleep(1e-4)
 
 
 _gang = _Gang()
+atexit.register(lambda: _gang.rest())  # compiled code must not outlive what it reads
 
 
-def run(kernel: Kernel, plan: int, shards: int) -> None:
-    """Call kernel(plan, shard, shards) for each shard, at the same time, and return when all are done."""
+def ready() -> bool:
+    """Whether the helpers are awake, so that little work is worth sharing too; results do not depend on it."""
+    return _num_threads > 1 and _gang.ready()
+
+
+def run(kernel: Any, plan: int, shards: int) -> None:
+    """Call kernel(plan, shard, shards) for each shard, at the same time, and return when all are done.
+
+    `kernel` is what `compile_kernel` gave.
+    """
     if shards == 1:
         kernel(plan, 0, 1)
     else:
         _gang.run([(kernel, plan, k, shards) for k in range(shards)])
 
 
-def run_all(jobs: Sequence[tuple[Kernel, int, int]]) -> None:
+def run_all(jobs: Sequence[tuple[Any, int, int]]) -> None:
     """`run` each of the jobs (kernel, plan, shards): all at the same time if there are threads enough, else in turn."""
     if len(jobs) > 1 and sum(shards for _, _, shards in jobs) <= _num_threads:
         _gang.run([(kernel, plan, k, shards) for kernel, plan, shards in jobs for k in range(shards)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -60,29 +63,62 @@ def test_different_kernels_at_once(share_by, monkeypatch: pytest.MonkeyPatch, ke
                 assert np.array_equal(want, found)
 
 
+class Kernel:
+    """A Python function in the place of a compiled kernel."""
+
+    def __init__(self, function: Callable[[int, int, int], None]) -> None:
+        self.function = function
+        self.native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(function)
+        self.address = ctypes.cast(self.native, ctypes.c_void_p).value
+
+    def __call__(self, *arguments: int) -> None:
+        self.function(*arguments)
+
+
 def test_more_shards_than_before_and_fewer() -> None:
-    seen: set[tuple[int, int]] = set()
+    seen: list[tuple[int, int, int]] = []
+    kernel = Kernel(lambda *arguments: seen.append(arguments))
     for shards in (1, 3, 2, 5):
         seen.clear()
-        threads.run(lambda plan, shard, n: seen.add((shard, n)), 0, shards)
-        assert seen == {(k, shards) for k in range(shards)}
+        threads.run(kernel, 7, shards)
+        assert sorted(seen) == [(7, k, shards) for k in range(shards)]
 
 
-def test_the_caller_runs_a_single_shard_itself() -> None:
-    where: list[int] = []
-    threads.run(lambda *_: where.append(threading.get_ident()), 0, 1)
-    assert where == [threading.get_ident()]
+def test_the_caller_runs_the_first_shard() -> None:
+    where: dict[int, int] = {}
+    kernel = Kernel(lambda plan, shard, shards: where.update({shard: threading.get_ident()}))
+    threads.run(kernel, 0, 1)
+    assert where == {0: threading.get_ident()}
+    threads.run(kernel, 0, 3)
+    assert where[0] == threading.get_ident() and len(set(where.values())) == 3
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_a_shard_reaches_the_caller(failing: int) -> None:
-    def kernel(plan: int, shard: int, shards: int) -> None:
-        if shard == failing:
-            raise RuntimeError(f"shard {shard}")
+def test_helpers_wait_for_more_work_and_then_sleep() -> None:
+    gang, seen = threads._Gang(), []
+    kernel = Kernel(lambda *arguments: seen.append(arguments))
+    rested = [gang.run([(kernel, 0, k, 3) for k in range(3)]) or gang.rest() for _ in range(3)]
+    assert len(rested) == 3 and len(seen) == 9
+    assert [gang.state(k) for k in range(2)] == [threads.ASLEEP] * 2
+    assert gang.state(2) == threads.ASLEEP  # never started
+    assert len(gang.helpers) == 2
 
-    with pytest.raises(RuntimeError, match=f"shard {failing}"):
-        threads.run(kernel, 0, 2)
-    threads.run(lambda *_: None, 0, 2)  # and the gang goes on
+
+def test_whoever_asks_often_finds_helpers_awake(keep_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_gang", threads._Gang())
+    monkeypatch.setattr(threads, "SOON", 10.0)
+    threads.set_num_threads(2)
+    assert not threads.ready() and not threads._gang.helpers  # once is not often
+    until = time.monotonic() + 10
+    while not threads.ready():
+        assert time.monotonic() < until
+    threads._gang.rest()
+    assert not threads._gang.state(0)
+
+
+def test_more_threads_than_slots_are_refused() -> None:
+    kernel = Kernel(lambda *_: None)
+    with pytest.raises(ValueError, match="number of threads: at most 256 can work together, got 300"):
+        threads.run(kernel, 0, 300)
 
 
 # The number of threads
