@@ -42,6 +42,7 @@ from .parts import (
     call_forward_step,
     call_part,
     forward_parts,
+    packed_rows,
     share_panels,
     tile_rows,
 )
@@ -358,7 +359,7 @@ def prepare(
     """
     T, B, I, H, _ = shape
     lay = Layout.of(cell.stages[0])
-    W, blocks, S = lay.width, -(-H // lay.width), len(cell.state)
+    W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
     length = min(steps, T) if again else T
     pieces = -(-T // length)
@@ -374,7 +375,7 @@ def prepare(
         P.PARAMS: len(params) * HP,
     }
     rest = {
-        P.SCRATCH: shards * TILE_ROWS * max(lay.pre * W, TILE_COLUMNS * LANES),
+        P.SCRATCH: shards * lay.scratch(),
         P.WP: blocks * I * lay.x_gates * W,
         P.RP: blocks * H * lay.h_gates * W,
         P.STATES: (S - 1) * slots * B * HP,
@@ -411,8 +412,8 @@ def prepare(
     plan[P.FED_T], plan[P.FED_B] = B * HP * 4, HP * 4
     plan[P.PIECES] = 1
     plan[P.WIDTH], plan[P.PRE], plan[P.X_GATES], plan[P.H_GATES] = W, lay.pre, lay.x_gates, lay.h_gates
-    plan[P.GROUPS], plan[P.OTHERS] = len(own.products), S - 1
-    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile), 4 * rest[P.SCRATCH] // shards
+    plan[P.GROUPS], plan[P.OTHERS], plan[P.NARROW] = len(own.products), S - 1, lay.narrow(H)
+    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile), 4 * lay.scratch()
     plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
     plan[P.TRAINING], plan[P.MASK_STEPS] = saving, T
     plan[P.STATE_SLOT], plan[P.STATE_STEP] = slots * B * HP * 4, B * HP * 4 * saving
@@ -498,7 +499,11 @@ def prepare_back(
         P.DRP: blocks * H * lay.h_gates * lay.width,
         P.DPARAMS: NP * B * HP,
     }
-    rest = {P.D: 2 * B * lay.pre * H, P.RT: lay.h_gates * H * -(-H // LANES) * LANES}
+    rest = {
+        P.PACKED: packed_rows(I, H),
+        P.D: 2 * B * lay.pre * H,
+        P.RT: lay.h_gates * H * -(-H // LANES) * LANES,
+    }
     again = residual.starts is not None
     if again:  # the saved values and the states of a piece
         length = int(residual.starts[0, P.T])

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..derive import Cell, Stage
-from .isa import LANES, TILE_COLUMNS
+from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import Windows, fused_family
 from .simd import VECTOR_BYTES
 
@@ -87,6 +87,9 @@ class P(IntEnum):
     PLAIN = auto()
     WIDTH = auto()  # units a block
     PRE = auto()  # pre-activations a unit
+    NARROW = (
+        auto()
+    )  # vectors that the last block's recurrent product takes with its gates side by side; 0: no fewer
     FORWARD_TILE = auto()  # addresses of the stage's equations, compiled
     BACKWARD_TILE = auto()
     SCRATCH_BYTES = auto()  # a shard's
@@ -108,6 +111,7 @@ class P(IntEnum):
     RT = auto()
     WT = auto()
     DX = auto()  # 0: not asked for
+    PACKED = auto()  # what `closing` packs
     DWP = auto()
     DRP = auto()
     DBP = auto()
@@ -159,6 +163,21 @@ class Layout:
     def width(self) -> int:
         """W, units a block."""
         return self.blocks_vectors * LANES
+
+    def blocks(self, units: int) -> int:
+        """How many blocks so many units take."""
+        return -(-units // self.width)
+
+    def narrow(self, units: int) -> int:
+        """Vectors of the last block's recurrent product with its gates side by side; 0 where that saves none.
+
+        With 50 units, a fourth block of an LSTM has 2: 8 of 64 lanes."""
+        vectors = -(-self.h_gates * (units - (self.blocks(units) - 1) * self.width) // LANES)
+        return vectors if vectors < min(self.h_gates * self.blocks_vectors, TILE_COLUMNS + 1) else 0
+
+    def scratch(self) -> int:
+        """Floats that a thread needs for a tile beside the gates' memory, and for a narrow one."""
+        return TILE_ROWS * (max(self.pre * self.width, TILE_COLUMNS * LANES) + TILE_COLUMNS * LANES)
 
     def groups(self) -> list[tuple[int, int, Windows]]:
         """The tile's columns in groups that fit the registers: first column, how many, windows of the two products."""

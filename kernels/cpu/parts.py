@@ -39,6 +39,7 @@ __all__ = [
     "call_forward_step",
     "call_part",
     "forward_parts",
+    "packed_rows",
     "share_panels",
     "tile_rows",
 ]
@@ -46,7 +47,7 @@ __all__ = [
 call_part = caller(3)  # the plan, and the caller's share of the work
 call_forward_step = caller(7)
 call_dx_step = caller(8)
-GRADIENT_ROWS = 128  # rows of gates that a block of the weight gradients' products covers: 32 KiB, in L1
+GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
 GROUP = 8 * (TILE_ROWS + 2)  # bytes of a row of `product_tiles`; its last two numbers are at
 FIRST, R_FIRST = 8 * TILE_ROWS, 8 * (TILE_ROWS + 1)
 
@@ -68,19 +69,26 @@ def share_panels(vectors, shard, shards):
 
 def pack(p, shard, shards):
     """The weights in the order of the forward tiles, the gates' columns of each block of units side by side, padded with
-    0: (rows, row) -> [block][rows][gates width]. And the biases."""
-    H, width, blocks = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS)
+    0: (rows, row) -> [block][rows][gates width]. And the biases. In a narrow last block the recurrent weights' gates
+    stand closer, as many floats apart as the block has units."""
+    H, width, blocks, narrow = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS), get(p, P.NARROW) * LANES
+    units = H - (blocks - 1) * width  # of the last block
     u0, u1 = share(blocks, shard, shards)
     source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
     of_gate, out, step = get(p, P.X_COLUMN), get(p, P.WP), gates * width * 4
     for kind in range(3):  # one body in a loop: LLVM would work through three of them three times
         for u in range(u0, u1):
+            narrowed = kind == 1 and narrow != 0 and u == blocks - 1
             for k in range(rows):
-                z = out + (u * rows + k) * step
+                z = out + u * rows * step + k * (narrow * 4 if narrowed else step)
                 for g in range(gates):
                     a = source + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
                     for q in range(0, width, LANES):
-                        store(z + (g * width + q) * 4, load_n(a + q * 4, H - u * width - q))
+                        value = load_n(a + q * 4, H - u * width - q)
+                        if narrowed:  # the zeros after a gate's units are overwritten by the next gate
+                            store_n(z + (g * units + q) * 4, value, narrow - g * units - q)
+                        else:
+                            store(z + (g * width + q) * 4, value)
         if kind == 0:
             source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
             of_gate, out, step = get(p, P.H_COLUMN), get(p, P.RP), gates * width * 4
@@ -107,7 +115,9 @@ def input_product(p, u0, u1):
 
 
 def forward_step(p, t, b0, b1, u0, u1, scratch):
-    """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it."""
+    """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it.
+
+    A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards."""
     B, I, K, apart, fused = get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.APART), get(p, P.FUSED)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
     h_row, groups, tile = get(p, P.H_GATES) * get(p, P.WIDTH) * 4, get(p, P.GROUPS), get(p, P.FORWARD_TILE)
@@ -115,7 +125,12 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
     fed, x = get(p, P.FED) + t * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
     if apart != 0:
         depth = 0
+    narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + TILE_ROWS * row
+    h_first = (get(p, P.PRE) - get(p, P.H_GATES)) * width * 4
     for u in range(u0, u1):
+        if narrow != 0 and u == get(p, P.BLOCKS) - 1:
+            units = get(p, P.H) - u * width
+        K_here = 0 if units != 0 else K
         wp, rp = get(p, P.WP) + u * I * x_row, get(p, P.RP) + u * K * h_row
         bias, gates = get(p, P.BP) + u * row, get(p, P.GATES) + (u * TB + t * B) * row
         b = b0
@@ -131,9 +146,20 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
                 tile2(
                     load_int(group + (m - 1) * 8),
                     x + b * I * 4, I * 4, 4, depth, wp + first, x_row,
-                    fed + b * fed_row, fed_row, 4, K, rp + load_int(group + R_FIRST), h_row,
+                    fed + b * fed_row, fed_row, 4, K_here, rp + load_int(group + R_FIRST), h_row,
                     start + first, start_step, s + first, row,
                 )  # fmt: skip
+            if units != 0:
+                step = narrow * VECTOR_BYTES
+                tile1(
+                    load_int(get(p, P.PLAIN) + ((narrow - 1) * TILE_ROWS + m - 1) * 8),
+                    fed + b * fed_row, fed_row, 4, K, rp, step, get(p, P.ZEROS), 0, narrow_tile, step,
+                )  # fmt: skip
+                for k in range(m):
+                    for g in range(h_row // (width * 4)):
+                        a, z = narrow_tile + k * step + g * units * 4, s + k * row + h_first + g * width * 4
+                        for q in range(0, units, LANES):
+                            store(z + q * 4, load(z + q * 4) + load_n(a + q * 4, units - q))
             call_forward_tile(tile, p, s, row, m, t, b, u)
             b += m
 
@@ -198,40 +224,48 @@ def dx_step(p, t, d, b0, b1, x0, x1, s):
 def closing(p, shard, shards):
     """The weights' gradients, packed: dW = x^T dgates, dR = h^T dgates, db = sum of dgates.
 
-    Output tiles are shared out, blocks of rows outermost, so that these rows stay in cache for every tile."""
+    Threads share the tiles of dW and dR, by rows of the weights. Blocks of time and batch are outermost: their rows of x and
+    h are packed, for a column of a wide matrix lies in few sets of the cache, and serve all gates."""
     TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
     gates, plain, width, pre = get(p, P.GATES), get(p, P.PLAIN), get(p, P.WIDTH) * 4, get(p, P.PRE)
     row, x_row, h_row = pre * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
     x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (K + TILE_ROWS - 1) // TILE_ROWS
-    per_block = x_tiles + h_tiles
-    first, last = share(blocks * per_block, shard, shards)
+    first, last = share(x_tiles + h_tiles, shard, shards)
+    packed = get(p, P.PACKED) + first * GRADIENT_ROWS * TILE_ROWS * 4
     for k in range(0, TB, GRADIENT_ROWS):
         rows = min(GRADIENT_ROWS, TB - k)
-        for u in range(first // per_block, blocks):
-            if u * per_block >= last:
-                break
+        for i in range(first, last):
+            M, step, source, m = I, I * 4, get(p, P.X), i * TILE_ROWS
+            if i >= x_tiles:
+                M, step, source, m = K, get(p, P.FED_B), get(p, P.FED), (i - x_tiles) * TILE_ROWS
+            source += k * step + m * 4
+            out = packed + (i - first) * GRADIENT_ROWS * TILE_ROWS * 4
+            for _ in range(rows):
+                for q in range(0, TILE_ROWS, LANES):
+                    store_n(out + q * 4, load_n(source + q * 4, M - m - q), TILE_ROWS - q)
+                out += TILE_ROWS * 4
+                source += step
+        for u in range(blocks):
             panel = gates + (u * TB + k) * row
-            for i in range(max(first - u * per_block, 0), min(last - u * per_block, per_block)):
-                if i == 0:
-                    for c in range(0, x_row, VECTOR_BYTES):
-                        a = get(p, P.DBP) + u * row + c
-                        total = load(a)
-                        for q in range(panel + c, panel + c + rows * row, row):
-                            total = total + load(q)
-                        store(a, total)
-                if i < x_tiles:
-                    m, M, step, out_row = i * TILE_ROWS, I, I * 4, x_row
-                    source, out, start = get(p, P.X), get(p, P.DWP), panel
-                else:
-                    m, M, step, out_row = (i - x_tiles) * TILE_ROWS, K, get(p, P.FED_B), h_row
-                    source, out, start = get(p, P.FED), get(p, P.DRP), panel + row - h_row
+            if shard == 0:
+                for c in range(0, x_row, VECTOR_BYTES):
+                    a = get(p, P.DBP) + u * row + c
+                    total = load(a)
+                    for q in range(panel + c, panel + c + rows * row, row):
+                        total = total + load(q)
+                    store(a, total)
+            for i in range(first, last):
+                m, M, out_row, out, start = i * TILE_ROWS, I, x_row, get(p, P.DWP), panel
+                if i >= x_tiles:
+                    m, M, out_row, out = (i - x_tiles) * TILE_ROWS, K, h_row, get(p, P.DRP)
+                    start = panel + row - h_row
                 out += (u * M + m) * out_row
-                source += k * step + m * 4
+                source = packed + (i - first) * GRADIENT_ROWS * TILE_ROWS * 4
                 for c in range(0, out_row, TILE_COLUMNS * VECTOR_BYTES):
                     n = min(TILE_COLUMNS, (out_row - c) // VECTOR_BYTES)
                     tile1(
                         load_int(plain + ((n - 1) * TILE_ROWS + min(TILE_ROWS, M - m) - 1) * 8),
-                        source, 4, step, rows, start + c, row, out + c, out_row, out + c, out_row,
+                        source, 4, TILE_ROWS * 4, rows, start + c, row, out + c, out_row, out + c, out_row,
                     )  # fmt: skip
 
 
@@ -266,6 +300,11 @@ def _addresses(*functions: Callable[..., None]) -> dict[P, int]:
 def forward_parts() -> dict[P, int]:
     """What a plan needs for a forward pass."""
     return _addresses(pack, input_product, forward_step)
+
+
+def packed_rows(I: int, K: int) -> int:
+    """Floats that `closing` packs rows into."""
+    return GRADIENT_ROWS * TILE_ROWS * (-(-I // TILE_ROWS) - (-K // TILE_ROWS))
 
 
 def backward_parts() -> dict[P, int]:

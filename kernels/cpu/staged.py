@@ -48,6 +48,7 @@ from .parts import (
     call_forward_step,
     call_part,
     forward_parts,
+    packed_rows,
     share_panels,
     tile_rows,
 )
@@ -468,7 +469,7 @@ def _tiles(cell: Cell, emit: Callable[..., str]) -> list[int]:
 
 def _scratch_floats(cell: Cell) -> int:
     """Floats of scratch memory a thread."""
-    return TILE_ROWS * max(TILE_COLUMNS * LANES, *(len(s.pre) * Layout.of(s).width for s in cell.stages))
+    return max(Layout.of(s).scratch() for s in cell.stages)
 
 
 # Laying out memory
@@ -600,7 +601,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             (I if stage.x_gates else 0),
             vectors.units[stage.source],
         )
-        blocks, apart = -(-made // lay.width), shape.apart and bool(stage.x_gates)
+        blocks, apart = lay.blocks(made), shape.apart and bool(stage.x_gates)
         zeroed[f"bp {k}"] = blocks * lay.pre * lay.width
         rest[f"wp {k}"] = blocks * features * lay.x_gates * lay.width
         rest[f"rp {k}"] = blocks * depth * lay.h_gates * lay.width
@@ -641,6 +642,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
             P.FUSED: products.ctypes.data, P.GROUPS: len(products), P.WIDTH: lay.width, P.PRE: lay.pre,
+            P.NARROW: lay.narrow(made),
             P.FORWARD_TILE: forward_tiles[k], P.NORM_COUNT: len(norms), P.VECTORS: tables.add(f"vectors {k}", table),
             P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],
             P.BIAS: Relative("bias") if stage.x_gates else 0,
@@ -671,10 +673,11 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
     for k, stage in reversed(list(enumerate(cell.stages))):
         lay = Layout.of(stage)
         made, features = (shape.Q if stage.projects else H), (shape.I if stage.x_gates else 0)
-        depth, blocks = vectors.units[stage.source], -(-made // lay.width)
+        depth, blocks = vectors.units[stage.source], lay.blocks(made)
         zeroed[f"dbp {k}"] = blocks * lay.pre * lay.width
         zeroed[f"dwp {k}"] = blocks * features * lay.x_gates * lay.width
         zeroed[f"drp {k}"] = blocks * depth * lay.h_gates * lay.width
+        rest[f"packed {k}"] = packed_rows(features, depth)
         rest[f"d {k}"] = B * lay.pre * made
         rest[f"rt {k}"] = lay.h_gates * made * -(-depth // LANES) * LANES
         rest[f"wt {k}"] = lay.x_gates * made * -(-features // LANES) * LANES if need_dx else 0
@@ -693,7 +696,8 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
         plan: dict[P, Word] = {
             P.GRADIENTS: table(f"gradients {k}", [w for v in among for w in vectors.gradient(v)]),
             P.UPSTREAM: table(f"upstream {k}", upstream), P.DPARAMS: Relative("dparams"), P.DBP: Relative(f"dbp {k}"),
-            P.DWP: Relative(f"dwp {k}"), P.DRP: Relative(f"drp {k}"), P.D: Relative(f"d {k}"), P.RT: Relative(f"rt {k}"),
+            P.DWP: Relative(f"dwp {k}"), P.DRP: Relative(f"drp {k}"), P.D: Relative(f"d {k}"),
+            P.PACKED: Relative(f"packed {k}"), P.RT: Relative(f"rt {k}"),
             P.WT: Relative(f"wt {k}"), P.DKERNEL: Relative("dkernel"),
             P.DRECURRENT: Relative("dprojection" if stage.projects else "drecurrent"),
             P.D_SOURCE: source, P.D_SOURCE_T: parity, P.D_SOURCE_B: row,
