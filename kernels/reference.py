@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .derive import NORM_EPSILON, Cell, Norm
-from .sequence import Forward, Gradients, check_backward, check_forward
+from .rounding import operand
+from .sequence import Forward, Gradients, check_backward, check_forward, check_precision
 
 __all__ = ["backward", "forward"]
 
@@ -94,8 +95,13 @@ def forward(
     aux: tuple[np.ndarray, ...] = (),
     recurrent_mask: np.ndarray | None = None,
     projection: np.ndarray | None = None,
+    precision: str = "float32",
 ) -> Forward:
-    """Run the sequence; see sequence.py for arguments, shapes and meaning.
+    """Run the sequence; see sequence.py for arguments, shapes and meaning. With `precision` "bfloat16" operands are rounded
+    and products of what was rounded are taken in the arrays' own dtype: the oracle for kernels in bfloat16.
+
+    Raises:
+        ValueError: an array's shape does not fit the others, or an unknown precision.
 
     >>> import numpy as np
     >>> from numlstm.kernels import cells
@@ -107,7 +113,10 @@ def forward(
     T, B, _, H, P = check_forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
+    check_precision(precision)
     dtype = np.result_type(x, kernel, recurrent_kernel)
+    x, kernel, recurrent_kernel = (operand(a, precision) for a in (x, kernel, recurrent_kernel))
+    projection = None if projection is None else operand(projection, precision)
     weights = _Weights(cell, recurrent_kernel, projection, H)
     states = [np.zeros((T + 1, B, H if k else P), dtype) for k in range(len(cell.state))]
     for s, s0 in zip(states, state or (), strict=False):
@@ -126,6 +135,7 @@ def forward(
             fed = values[stage.source]
             if masks is not None and not stage.projects:
                 fed = fed * masks[t]
+            fed = operand(fed, precision)
             from_x = _split(projected[t][:, weights.x[k]], stage.x_gates)
             from_h = _split(fed @ weights.recurrent[k], stage.h_gates)
             for name in stage.pre:
@@ -148,7 +158,7 @@ def forward(
         return Forward(states[0][1:], final, None, None)
     residual = Residual(
         cell=cell, x=x, kernel=kernel, weights=weights, bias=bias, steps=steps, valid=valid, shape=(T, B, H, P),
-        dtype=dtype, masks=masks,
+        dtype=dtype, masks=masks, precision=precision,
     )  # fmt: skip
     return Forward(states[0][1:], final, tuple(s[1:] for s in states[1:]), residual)
 
@@ -214,6 +224,7 @@ def backward(
                 dgates[t][:, weights.x[k]] = np.concatenate([found[g] for g in stage.x_gates], axis=1)
             if stage.h_gates:
                 d = np.concatenate([found[g] for g in stage.h_gates], axis=1, out=dproducts[k][t])
+                d[...] = operand(d, r.precision)
                 d_fed = d @ weights.recurrent[k].T
                 if r.masks is not None and not stage.projects:
                     d_fed = d_fed * r.masks[t]
@@ -224,6 +235,8 @@ def backward(
         if live is not None:  # a step that is not valid hands the states' gradients on
             d_old = {s: np.where(live, d, d_new[s]) for s, d in d_old.items()}
         d_new = d_old
+    dbias = None if r.bias is None else dgates.reshape(T * B, -1).sum(0)
+    dgates = operand(dgates, r.precision)
     flat = dgates.reshape(T * B, -1)
     drecurrent, dprojection = np.zeros((P, len(cell.recurrent) * H), r.dtype), None
     for k, (stage, columns, d) in enumerate(zip(cell.stages, weights.h, dproducts, strict=True)):
@@ -238,7 +251,7 @@ def backward(
         x=dgates @ r.kernel.T if need_dx else None,
         kernel=r.x.reshape(T * B, -1).T @ flat,
         recurrent_kernel=drecurrent,
-        bias=None if r.bias is None else flat.sum(0),
+        bias=dbias,
         params=tuple(dparams.values()),
         state=tuple(d_new.values()),
         projection=dprojection,

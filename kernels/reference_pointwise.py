@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .rounding import operand
+
 __all__ = [
     "adam_update",
     "batched_matmul",
@@ -33,9 +35,9 @@ Array = Any
 # Products and lookups
 
 
-def matmul(a: Array, b: Array, *, bias: Array | None = None) -> Array:
-    """a (M, K) times b (K, N), plus bias (N,)."""
-    c = a @ b
+def matmul(a: Array, b: Array, *, bias: Array | None = None, precision: str = "float32") -> Array:
+    """a (M, K) times b (K, N), plus bias (N,); in "bfloat16" a and b are rounded first (kernels/sequence.py)."""
+    c = operand(a, precision) @ operand(b, precision)
     if bias is not None:
         c += bias
     return c

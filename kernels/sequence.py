@@ -1,7 +1,7 @@
 """What every backend's recurrent sequence takes and gives; time-major, (T, B, .) arrays.
 
-    forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, *, training, aux, recurrent_mask, projection)
-        -> Forward
+    forward(cell, x, kernel, recurrent_kernel, bias, params, state, valid, *, training, aux, recurrent_mask, projection,
+            precision) -> Forward
     backward(residual, dh, dfinal, *, need_dx=True, dstates=None) -> Gradients
 
 H units; the output h has P columns, as many as the projection, or H where the cell has none. x (T, B, I); kernel (I, G H)
@@ -12,6 +12,10 @@ the output repeats. aux one array for each of `cell.aux`, and recurrent_mask, wh
 product (dropout); both of a shape that broadcasts to (T, B, H), or (T, B, P) where they belong to h, and neither
 differentiated. dh (T, B, P) or None; dfinal one array or None a state; dstates None, or for each state after the first the
 gradient of its sequence, (T, B, H) or None. A residual serves one backward pass.
+
+precision "bfloat16" rounds the operands of every product, forward and backward, to bfloat16 (nearest, ties to even): x,
+weights, what a recurrent product reads (after the recurrent mask), the gates' gradients. Sums, gates, states, the bias's
+gradient and the weights themselves stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +23,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Forward", "Gradients", "aux_columns", "check_backward", "check_forward"]
+__all__ = [
+    "PRECISIONS",
+    "Forward",
+    "Gradients",
+    "aux_columns",
+    "check_backward",
+    "check_forward",
+    "check_precision",
+]
+
+PRECISIONS = ("float32", "bfloat16")  # of the products' operands; "float32" leaves them as they are
 
 
 class Forward(NamedTuple):
@@ -101,6 +115,12 @@ def check_forward(
 def aux_columns(cell: Any, aux: str, H: int, P: int) -> int:
     """How many columns a step input has: those of the stage that reads it."""
     return P if any(s.projects and aux in s.aux for s in cell.stages) else H
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for a precision that is none of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_backward(

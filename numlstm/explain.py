@@ -8,10 +8,12 @@ that serves the calls.
 from collections.abc import Callable
 from typing import Any
 
-from numlstm.backend import get_backend, lookup
+from numlstm.backend import Backend, lookup, use_backend
 from numlstm.layers.base import Layer
 
 __all__ = ["explain"]
+
+IN_PRECISION = ("sequence", "matmul")  # operations whose products follow `compile(precision=...)`
 
 
 def explain(
@@ -40,9 +42,12 @@ def explain(
         raise ValueError(f"model: expected a model or a layer, got {type(model).__name__}")
     say = print_fn or print
     settings = getattr(model, "_settings", None)  # what `compile` chose counts in fit and predict
-    serving = get_backend(backend or (settings.backend if settings else None))
-    say(f"backend: {serving.name}{', strict' if serving.strict else ''}")
-    rows = [row for path, layer in model.walk() if _asks(layer) for row in _rows(path, layer, serving.device)]
+    chosen, strict, precision = (
+        (settings.backend, settings.strict, settings.products) if settings else (None, False, None)
+    )
+    with use_backend(backend or chosen, strict=strict, precision=precision) as serving:
+        say(f"backend: {serving}")
+    rows = [row for path, layer in model.walk() if _asks(layer) for row in _rows(path, layer, serving)]
     for row in rows:
         what = row["operation"] + ("" if row["option"] == "*" else f" {row['option']}")
         say(f"{row['layer']} ({row['type']}): {what} -> {row['kernel']} ({row['why']})")
@@ -54,9 +59,9 @@ def _asks(layer: Layer) -> bool:
     return not layer.has_children()
 
 
-def _rows(path: str, layer: Layer, device: str) -> list[dict[str, str]]:
+def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
     base = {"layer": path or layer.name, "type": type(layer).__name__, "dtype": layer.dtype}
-    asked = layer.operations()
+    asked, device = layer.operations(), serving.device
     if not asked:
         why = "no operation of the backend is asked for"
         return [
@@ -73,6 +78,8 @@ def _rows(path: str, layer: Layer, device: str) -> list[dict[str, str]]:
     for operation, option in asked:
         kernel = lookup(operation, option, layer.dtype, device, gradient=True)
         found = {"kernel": kernel.module, "device": kernel.device, "why": kernel.why}
+        if operation in IN_PRECISION and serving.precision != "float32":
+            found["why"] += f"; products in {serving.precision}, sums in {layer.dtype}"
         if operation == "sequence" and (steps := getattr(layer, "remat_steps", None)) is not None:
             found["why"] += (
                 f"; in training the states of every {steps} steps are kept, the rest computed again"

@@ -24,8 +24,8 @@ from numlstm.registry import serialize
 
 __all__ = ["Trainer"]
 
-_PRECISIONS = ("float32", "float64")
-_LATER = ("bfloat16", "tf32")
+_PRECISIONS = ("float32", "bfloat16", "float64")
+_LATER = ("tf32",)
 
 
 class _Settings(NamedTuple):
@@ -36,6 +36,16 @@ class _Settings(NamedTuple):
     precision: str
     backend: str | None
     strict: bool
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, states and everything that is not inside a product."""
+        return "float64" if self.precision == "float64" else "float32"
+
+    @property
+    def products(self) -> str | None:
+        """The backend's precision, that of the products' operands; None leaves the choice to `use_backend` around a call."""
+        return "bfloat16" if self.precision == "bfloat16" else None
 
 
 class Trainer:
@@ -65,7 +75,10 @@ class Trainer:
                 predictions.
             metrics: figures to watch, names or objects, in a list. weighted_metrics: the same, weighed by the
                 sample and class weights.
-            precision: "float32", or "float64" (in NumPy, on the reference backend).
+            precision: "float32"; "bfloat16": products of matrices (in recurrent and dense layers, `ops.matmul`) take
+                operands rounded to bfloat16, in training and in `predict`, while their sums, gates, states, weights and
+                batched products (attention's) stay float32; for inference alone see `use_backend`; or "float64" (in
+                NumPy, on the reference backend).
             backend, strict: where to run, as in `use_backend`.
 
         Raises ValueError for unknown names and options, RuntimeError for a backend that can't be used here.
@@ -95,7 +108,7 @@ class Trainer:
             bool(strict),
         )
         self.optimizer, self.loss, self._settings = new_optimizer, new_loss, settings
-        self.cast(precision)
+        self.cast(settings.dtype)
 
     def get_compile_config(self) -> dict[str, Any] | None:
         """What `compile` was told, JSON-able, for a file; None if it was not called. Functions go by their
@@ -173,7 +186,7 @@ class Trainer:
         self._need_compiled("fit")
         epochs, initial_epoch = _whole("epochs", epochs, 1), _whole("initial_epoch", initial_epoch, 0)
         chunk = None if bptt_steps is None else _whole("bptt_steps", bptt_steps, 1)
-        dtype = self._settings.precision
+        dtype = self._settings.dtype
         data = as_batches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=batch_size, dtype=dtype)
         validation = self._validation(validation_data, validation_batch_size or batch_size)
         if validation_split:
@@ -236,7 +249,7 @@ class Trainer:
             mask=mask,
             lengths=lengths,
             batch_size=batch_size,
-            dtype=self._settings.precision,
+            dtype=self._settings.dtype,
         )
         feed = _Feed(data, steps, chunk, self._gives_sequences())
         watchers = CallbackList(_callback_list(callbacks), self, {"steps": feed.steps, "verbose": verbose})
@@ -371,7 +384,9 @@ class Trainer:
     def _running(self, chunk: int | None) -> Iterator[None]:
         """The backend that `compile` chose; with `chunk`, recurrent layers that hand their states on."""
         settings = self._settings
-        backend, strict = (None, False) if settings is None else (settings.backend, settings.strict)
+        how: dict[str, Any] = {"name": None}
+        if settings is not None:
+            how = {"name": settings.backend, "strict": settings.strict, "precision": settings.products}
         layers = self.recurrent_layers() if chunk else []
         backwards = [layer.name for layer in layers if getattr(layer, "go_backwards", False)]
         if backwards:
@@ -379,7 +394,7 @@ class Trainer:
                 f"bptt_steps: {backwards[0]} reads time from its end (go_backwards): its input can't be cut"
             )
         before = [(layer, layer.carry, layer.states) for layer in layers]
-        with use_backend(backend, strict=strict):
+        with use_backend(**how):
             try:
                 for layer in layers:
                     layer.carry = True
@@ -411,7 +426,7 @@ class Trainer:
         """`validation_data` of `fit` as a source."""
         if given is None:
             return None
-        options: dict[str, Any] = {"dtype": self._settings.precision}
+        options: dict[str, Any] = {"dtype": self._settings.dtype}
         if isinstance(given, (tuple, list)):
             if len(given) not in (2, 3):
                 kind = type(given).__name__

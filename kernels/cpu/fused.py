@@ -7,6 +7,8 @@ gradient on it. The weights' gradients are products over all steps at the end.
 Beside what layout.py describes:
     h       [T + 1][B][HP]       outputs, h[0] the initial state; the other states likewise (one slot in inference)
     D       [2][B][NP H]         the gates' gradients of this step and the one after it, row-major, for the product
+In bfloat16 each gate's part of D begins at a word, and FED holds, for each step (two in inference), what the recurrent
+product reads: h, times the recurrent mask if there is one, rounded.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import numpy as np
 from numba import types
 
 from ..derive import Cell, Stage
+from ..rounding import bfloat16_bits
 from ..sequence import Forward, Gradients
 from . import threads
+from .bfloat16 import pairs_bytes
 from .cache import compile_address, compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import (
@@ -45,11 +49,12 @@ from .parts import (
     packed_rows,
     share_panels,
     tile_rows,
+    words,
 )
 from .plan import SIGNATURE, get, share
 from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
 from .threads import barrier
-from .tiles import aux_rows, compile_tile, inline
+from .tiles import aux_rows, compile_tile, inline, store_rows
 from .workspace import aligned, carve
 
 __all__ = ["prepare", "prepare_back"]
@@ -72,7 +77,8 @@ def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"    e = {field(P.EXTRA)} + (u * TB + r) * {lay.extra * wb}; w = {field(P.PARAMS)} + at",
         f"    H = {field(P.H)}; first = u * {lay.width}; aux = {field(P.AUX)}; mask = {field(P.MASK)}",
         f"    masked = mask != 0 and t + 1 < {field(P.MASK_STEPS)}; mask_row = {field(P.MASK_B)}",
-        f"    mask += (t + 1) * {field(P.MASK_T)} + b * mask_row + at; fed = {field(P.FED)} + (r + B) * hp4 + at",
+        f"    mask += (t + 1) * {field(P.MASK_T)} + b * mask_row + at; fed_row = {field(P.FED_B)}",
+        f"    fed = {_fed_step(lay)} + b * fed_row + at // {lay.per_word}",
         *aux_rows(cell, "+ at"),
         "    for m in range(rows):",
         "        if valid == 0 or load_byte(valid + r + m) != 0:",
@@ -106,14 +112,31 @@ def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     o += [
         f"{indent}store(co + {k} * slot + q, load(ci + {k} * slot + q))" for k in range(len(cell.state) - 1)
     ]
+    if lay.precision == "float32":
+        o += [
+            "        if masked:",
+            f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+            f"{indent}store(fed + q, load(ho + q) * load_n(mask + q, H - first - q // 4))",
+        ]
+    else:  # zeros for padded units, whose values may be NaN: an odd H's last word holds one
+        o += [
+            f"        for q in range(0, {wb}, {VECTOR_BYTES}):",
+            "            n = H - first - q // 4; thinned = load(ho + q)",
+            "            if masked: thinned = thinned * load_n(mask + q, n)",
+            f"            if n < {LANES}: thinned = keep_n(thinned, n)",
+            "            store_bf16(fed + q // 2, thinned)",
+        ]
     o += [
-        "        if masked:",
-        f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
-        f"{indent}store(fed + q, load(ho + q) * load_n(mask + q, H - first - q // 4))",
         f"        s += s_step; e += {lay.extra * wb}; mask += mask_row",
-        "        hi += hp4; ho += hp4; ci += hp4; co += hp4; fed += hp4",
+        "        hi += hp4; ho += hp4; ci += hp4; co += hp4; fed += fed_row",
     ]
     return "\n".join(o) + "\n"
+
+
+def _fed_step(lay: Layout) -> str:
+    """Where what the step after t reads lies."""
+    step = "(t + 1)" if lay.precision == "float32" else f"((t + 1) & {field(P.FED_KEPT)})"
+    return f"{field(P.FED)} + {step} * {field(P.FED_T)}"
 
 
 def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
@@ -133,7 +156,8 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"    dy0 = {field(P.DY)}; ds0 = {field(P.DSTATE)} + b * hp4",
         f"    if dy0 != 0: dy0 += t * {field(P.DY_T)} + b * {field(P.DY_B)}",
         f"    dy_step = {field(P.DY_B)}; dp0 = {field(P.DPARAMS)} + b * hp4",
-        f"    h4 = H * 4; d_row = h4 * {lay.pre}; d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
+        f"    h4 = (H + {lay.per_word - 1}) // {lay.per_word} * 4; d_row = h4 * {lay.pre}",
+        f"    d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
         f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
         f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
         f"    aux = {field(P.AUX)}; later = {field(P.DSTATES)}",
@@ -148,7 +172,8 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         "        for j in range(vectors):",
         f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
         f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
-        f"            g = g0 + (block * TB + r + m) * {row} + sub; d = d0 + m * d_row + q; ds = ds0 + m * hp4 + q",
+        f"            g = g0 + (block * TB + r + m) * {row} + sub; ds = ds0 + m * hp4 + q",
+        f"            d = d0 + m * d_row + q // {lay.per_word}",
         f"            through = load(s + j * {VECTOR_BYTES})",
         "            if masked: through = through * load_n(mask + m * mask_row + q, n)",
         f"            _d_{cell.state[0]} = through + load(ds)",
@@ -181,14 +206,15 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     o += inline(stage.backward_source, stage.backward_args, results, indent)
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
     o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in stage.pre]
-    for k, g in enumerate(stage.pre):
-        o.append(f"{indent}store(g + {k * wb}, _g_{g}); store_n(d + {k} * h4, _g_{g}, n)")
+    o += [f"{indent}store(g + {k * wb}, _g_{g})" for k, g in enumerate(stage.pre)]
+    o += store_rows(lay, [f"_g_{g}" for g in stage.pre], "0", indent)
     o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
     for k, n in enumerate(cell.params):
         o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
     o.append("            else:")  # the states' gradients pass on; the gates get none
     o += [f"{indent}store(ds + {k} * dslot, _d_{name})" for k, name in enumerate(cell.state)]
-    o += [f"{indent}store(g + {k * wb}, K(0.0)); store_n(d + {k} * h4, K(0.0), n)" for k in range(lay.pre)]
+    o += [f"{indent}store(g + {k * wb}, K(0.0))" for k in range(lay.pre)]
+    o += store_rows(lay, ["K(0.0)"] * lay.pre, "0", indent)
     o.append("        s += s_step")
     return "\n".join(o) + "\n"
 
@@ -243,7 +269,7 @@ def _steps_back(p, shard, shards, met):
         get(p, P.MASK),
     )
     plain, zeros, ds, tile = get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.BACKWARD_TILE)
-    d_row, depth = get(p, P.PRE) * H * 4, get(p, P.H_GATES) * H
+    d_row, depth = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.H_GATES) * words(p, P.H)
     s = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES)
     b0, b1 = share(B, shard, shards)
     v0, v1 = 0, HP // LANES
@@ -335,37 +361,37 @@ class Compiled(NamedTuple):
 
 
 @cache
-def _tables(cell: Cell) -> Compiled:
+def _tables(cell: Cell, precision: str) -> Compiled:
     (stage,) = cell.stages
-    return Compiled(product_tiles(stage), *columns(cell, stage))
+    return Compiled(product_tiles(stage, precision), *columns(cell, stage))
 
 
 @cache
-def _tile(cell: Cell, emit: Callable[..., str]) -> int:
+def _tile(cell: Cell, emit: Callable[..., str], precision: str) -> int:
     """The address of one of a cell's two tiles."""
     (stage,) = cell.stages
-    return compile_tile(emit(cell, stage, Layout.of(stage)), cell.name)
+    return compile_tile(emit(cell, stage, Layout.of(stage, precision)), cell.name)
 
 
 def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
-    shards: int, units: bool, apart: bool, at_once: int, steps: int | None,
+    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
 
     With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
     """
     T, B, I, H, _ = shape
-    lay = Layout.of(cell.stages[0])
+    lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
     W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
     length = min(steps, T) if again else T
     pieces = -(-T // length)
     HP, slots = blocks * W, pieces + 1 if again else T + 1 if training else 1
     saving = training and not again  # in this pass
-    own = _tables(cell)
+    own = _tables(cell, precision)
     inputs = [x, kernel, recurrent_kernel]
     plan = [0] * len(P)
     zeroed = {
@@ -376,10 +402,13 @@ def prepare(
     }
     rest = {
         P.SCRATCH: shards * lay.scratch(),
-        P.WP: blocks * I * lay.x_gates * W,
-        P.RP: blocks * H * lay.h_gates * W,
+        P.WP: blocks * lay.words(I) * lay.x_gates * W,
+        P.RP: blocks * lay.words(H) * lay.h_gates * W,
         P.STATES: (S - 1) * slots * B * HP,
     }
+    if paired:  # their rows are read in whole vectors, which may reach past the last row
+        rest[P.X] = T * B * lay.words(I) + LANES
+        rest[P.FED] = (T + 1 if training else 2) * B * HP // 2
     if saving or apart:
         rest[P.GATES] = blocks * length * B * lay.pre * W
     if saving:
@@ -395,13 +424,17 @@ def prepare(
         start = at[P.PARAMS] + k * HP
         slab[start : start + H] = param
     fed = hs
+    first = hs[0]
     if recurrent_mask is not None:
         mask = by_step(recurrent_mask, (T, B, H))
         inputs.append(mask)
         plan[P.MASK], plan[P.MASK_T], plan[P.MASK_B] = mask.ctypes.data, *mask.strides[:2]
-        fed = aligned((T, B, HP))
-        fed[0, :, :H] = hs[0, :, :H] * mask[0]
-        inputs.append(fed)
+        first = np.zeros((B, HP), np.float32)
+        first[:, :H] = hs[0, :, :H] * mask[0]
+        if not paired:
+            fed = aligned((T, B, HP))
+            fed[0] = first
+            inputs.append(fed)
     tables: dict[P, np.ndarray] = {}
     if aux:
         by_steps = [by_step(a, (T, B, H)) for a in aux]
@@ -409,15 +442,20 @@ def prepare(
         inputs += by_steps
         tables[P.AUX], plan[P.AUX] = table, table.ctypes.data
     plan[: P.APART + 1] = T, B, I, H, H, HP, blocks, units, apart
-    plan[P.FED_T], plan[P.FED_B] = B * HP * 4, HP * 4
+    plan[P.FED_T], plan[P.FED_B] = B * HP * 4 // lay.per_word, HP * 4 // lay.per_word
+    if paired:
+        fed = slab[at[P.FED] :].view(np.uint16)[: B * HP]
+        fed[:] = bfloat16_bits(first).ravel()
+        plan[P.X_SOURCE], plan[P.X_ROWS] = x.ctypes.data, T * B
+    plan[P.PER_WORD], plan[P.FED_KEPT] = lay.per_word, 1 if paired and not training else -1
     plan[P.PIECES] = 1
     plan[P.WIDTH], plan[P.PRE], plan[P.X_GATES], plan[P.H_GATES] = W, lay.pre, lay.x_gates, lay.h_gates
     plan[P.GROUPS], plan[P.OTHERS], plan[P.NARROW] = len(own.products), S - 1, lay.narrow(H)
-    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile), 4 * lay.scratch()
+    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile, precision), 4 * lay.scratch()
     plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
     plan[P.TRAINING], plan[P.MASK_STEPS] = saving, T
     plan[P.STATE_SLOT], plan[P.STATE_STEP] = slots * B * HP * 4, B * HP * 4 * saving
-    for place, address in (forward_parts() | {P.STEPS: _address(_steps)}).items():
+    for place, address in (forward_parts(precision) | {P.STEPS: _address(_steps)}).items():
         plan[place] = address
     if bias is not None:
         inputs.append(bias)
@@ -426,14 +464,17 @@ def prepare(
         inputs.append(valid)
         plan[P.VALID] = valid.ctypes.data
     for place, array in (
-        (P.X, x), (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed),
-        (P.FUSED, own.products), (P.PLAIN, plain_families()), (P.X_COLUMN, own.x_column), (P.H_COLUMN, own.h_column),
+        (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed),
+        (P.FUSED, own.products), (P.PLAIN, plain_families(precision)),
+        (P.X_COLUMN, own.x_column), (P.H_COLUMN, own.h_column),
     ):  # fmt: skip
         plan[place] = array.ctypes.data
 
+    if not paired:
+        plan[P.X] = x.ctypes.data
     packed = np.array(plan, np.int64)
     if again:
-        packed, moved = _pieces(packed, T, length, tables)
+        packed, moved = _pieces(packed, T, length, tables, lay)
         inputs.append(moved)
         packed[:, P.START] = plan[P.STATES] + np.arange(pieces) * B * HP * 4
         packed[:, P.START_SLOT] = plan[P.STATE_SLOT]
@@ -445,8 +486,8 @@ def prepare(
             inputs.clear()  # they were in use until here
             return Forward(hs[1:, :, :H], final, None, None)
         residual = Residual(
-            cell=cell, shape=(T, B, H, H), plan=plan, inputs=inputs, tables=tables, slab=slab, hs=hs, flags=at[P.FLAGS],
-            has_bias=bias is not None, shards=shards, at_once=at_once, inner=(I, HP, blocks),
+            cell=cell, lay=lay, shape=(T, B, H, H), plan=plan, inputs=inputs, tables=tables, slab=slab, hs=hs,
+            flags=at[P.FLAGS], has_bias=bias is not None, shards=shards, at_once=at_once, inner=(I, HP, blocks),
             starts=packed if again else None,
         )  # fmt: skip
         states = None if again else tuple(cs[k, 1:, :, :H] for k in range(S - 1))
@@ -456,7 +497,7 @@ def prepare(
 
 
 def _pieces(
-    plan: np.ndarray, T: int, length: int, tables: dict[P, np.ndarray]
+    plan: np.ndarray, T: int, length: int, tables: dict[P, np.ndarray], lay: Layout
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """A plan for each piece of `length` steps out of T: what lies at the sequence's first step moves on to the piece's.
 
@@ -467,9 +508,11 @@ def _pieces(
     plans, B = np.tile(plan, (len(first), 1)), plan[P.B]
     plans[:, P.T], plans[:, P.PIECES] = np.minimum(length, T - first), len(first)
     plans[:, P.MASK_STEPS] -= first
-    row, features = plan[P.FED_T], 4 * B * plan[P.I]
+    features = 4 * B * int(plan[P.I])
+    x_step, h_step = 4 * B * lay.words(int(plan[P.I])), 4 * B * plan[P.HP]
     for place, step in {
-        P.X: features, P.VALID: B, P.MASK: plan[P.MASK_T], P.FED: row, P.STATE_H: row, P.DX: features, P.DY: plan[P.DY_T],
+        P.X: x_step, P.VALID: B, P.MASK: plan[P.MASK_T], P.FED: plan[P.FED_T], P.STATE_H: h_step, P.DX: features,
+        P.DY: plan[P.DY_T],
     }.items():  # fmt: skip
         if plan[place]:
             plans[:, place] += first * step
@@ -491,7 +534,7 @@ def prepare_back(
 ) -> Prepared:
     """The backward pass of what `prepare` prepared."""
     cell, plan, (T, B, H, _), (I, HP, blocks) = residual.cell, residual.plan, residual.shape, residual.inner
-    lay, S, G, NP = Layout.of(cell.stages[0]), len(cell.state), len(cell.gates), len(cell.params)
+    lay, S, G, NP = residual.lay, len(cell.state), len(cell.gates), len(cell.params)
     zeroed = {
         P.DSTATE: S * B * HP,
         P.DBP: blocks * lay.pre * lay.width,
@@ -499,11 +542,14 @@ def prepare_back(
         P.DRP: blocks * H * lay.h_gates * lay.width,
         P.DPARAMS: NP * B * HP,
     }
-    rest = {
-        P.PACKED: packed_rows(I, H),
-        P.D: 2 * B * lay.pre * H,
-        P.RT: lay.h_gates * H * -(-H // LANES) * LANES,
-    }
+    rest = {P.RT: lay.h_gates * lay.words(H) * -(-H // LANES) * LANES}
+    # In bfloat16 an odd H's last word holds nothing beside its unit, and must not hold NaN.
+    (zeroed if lay.per_word > 1 else rest)[P.D] = 2 * B * lay.pre * lay.words(H)
+    if lay.precision == "bfloat16":
+        plan[P.PAIRS_BYTES] = pairs_bytes(lay, I, H, H)
+        rest[P.PAIRS] = residual.shards * plan[P.PAIRS_BYTES] // 4
+    else:
+        rest[P.ROWS] = packed_rows(I, H)
     again = residual.starts is not None
     if again:  # the saved values and the states of a piece
         length = int(residual.starts[0, P.T])
@@ -511,7 +557,7 @@ def prepare_back(
         rest[P.EXTRA] = blocks * length * B * lay.extra * lay.width
         rest[P.STATES] = (S - 1) * (length + 1) * B * HP
     if need_dx:
-        rest[P.WT] = lay.x_gates * H * -(-I // LANES) * LANES
+        rest[P.WT] = lay.x_gates * lay.words(H) * -(-I // LANES) * LANES
     slab, at = carve(plan, zeroed, rest)
     piece = lambda place, *shape: slab[at[place] : at[place] + zeroed[place]].reshape(shape)
     ds = piece(P.DSTATE, S, B, HP)
@@ -531,14 +577,14 @@ def prepare_back(
     flags = residual.flags
     residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
     kept = [dh, *later]  # what the plan points into
-    for place, address in (backward_parts() | {P.STEPS_BACK: _address(_steps_back)}).items():
+    for place, address in (backward_parts(lay.precision) | {P.STEPS_BACK: _address(_steps_back)}).items():
         plan[place] = address
-    plan[P.BACKWARD_TILE] = _tile(cell, _backward_tile)
+    plan[P.BACKWARD_TILE] = _tile(cell, _backward_tile, lay.precision)
     packed = np.array(plan, np.int64)
     if again:
         packed[P.TRAINING], packed[P.STATE_STEP] = 1, B * HP * 4
         packed[P.STATE_SLOT] = (length + 1) * B * HP * 4
-        packed, moved = _pieces(packed, T, length, {**residual.tables, P.DSTATES: later[0]})
+        packed, moved = _pieces(packed, T, length, {**residual.tables, P.DSTATES: later[0]}, lay)
         kept += moved
         for place in (P.START, P.START_SLOT):
             packed[:, place] = residual.starts[:, place]
@@ -549,7 +595,7 @@ def prepare_back(
         if residual.has_bias:
             rows = piece(P.DBP, blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, HP)
             dbias = np.empty((G, H), np.float32)
-            dbias[_tables(cell).x_column] = rows[: lay.x_gates, :H]
+            dbias[columns(cell, cell.stages[0])[0]] = rows[: lay.x_gates, :H]
             dbias = dbias.reshape(-1)
         dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
         del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step

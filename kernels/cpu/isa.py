@@ -11,7 +11,7 @@ import platform
 from numba.core import config
 from numba.core.codegen import get_host_cpu_features
 
-__all__ = ["FEATURES", "LANES", "REGISTERS", "TILE_COLUMNS", "TILE_ROWS", "describe"]
+__all__ = ["DOT_BF16", "FEATURES", "LANES", "REGISTERS", "TILE_COLUMNS", "TILE_ROWS", "describe"]
 
 
 def _features() -> frozenset[str]:
@@ -29,6 +29,9 @@ elif "avx" in FEATURES:
 else:  # NEON has 32 registers of 4 lanes, plain SSE 16
     LANES, REGISTERS = 4, 16 if IS_X86 else 32
 
+# Products of bfloat16 pairs in one instruction (VDPBF16PS); elsewhere they are float32 multiply-adds on expanded values.
+DOT_BF16 = LANES == 16 and "avx512bf16" in FEATURES
+
 # A tile of the product is TILE_ROWS x TILE_COLUMNS accumulators; beside them one row of weights and one broadcast must fit.
 TILE_COLUMNS = 4 if REGISTERS >= 32 else 2
 TILE_ROWS = (REGISTERS - TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -41,4 +44,5 @@ def describe() -> str:
     True
     """
     name = {16: "AVX-512", 8: "AVX2" if "avx2" in FEATURES else "AVX", 4: "SSE" if IS_X86 else "NEON"}[LANES]
-    return f"{name}: {LANES} lanes, {REGISTERS} registers, tile {TILE_ROWS} x {TILE_COLUMNS} vectors"
+    dot = ", bfloat16 products" if DOT_BF16 else ""
+    return f"{name}: {LANES} lanes, {REGISTERS} registers, tile {TILE_ROWS} x {TILE_COLUMNS} vectors{dot}"

@@ -6,6 +6,8 @@ up to whole blocks.
     gates   [block][T B][NP W]   pre-activations, then saved values, then gradients, each over the last: the closing
                                  products stream it as if it were packed
     wp, rp  [block][I or K][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
+In bfloat16 the products' operands are words of two values each, and K, I and H above half as many (bfloat16.py); what is
+said here of x and of what the recurrent product reads then means rounded copies of them.
 Padded units (H..HP) hold whatever their cell gives for zeros; products never read them.
 """
 
@@ -111,7 +113,7 @@ class P(IntEnum):
     RT = auto()
     WT = auto()
     DX = auto()  # 0: not asked for
-    PACKED = auto()  # what `closing` packs
+    ROWS = auto()  # what `closing` packs
     DWP = auto()
     DRP = auto()
     DBP = auto()
@@ -119,6 +121,13 @@ class P(IntEnum):
     DRECURRENT = auto()
     DPARAMS = auto()  # [param][B][HP]
     MASK_STEPS = auto()  # how many steps from this plan's first one the recurrent mask goes on
+    PER_WORD = auto()  # values in a 32-bit word of a product's operands
+    FED_KEPT = auto()  # which bits of a step's number FED has a place for: -1 all, 1 two places in turn
+    # Only in bfloat16:
+    X_SOURCE = auto()  # x in float32, of which X is the rounded copy
+    X_ROWS = auto()  # of the whole sequence
+    PAIRS = auto()  # scratch for packing, PAIRS_BYTES a shard
+    PAIRS_BYTES = auto()
     # Only where saved values are computed again (fused.py), with a plan for each piece of the sequence:
     PIECES = auto()
     START = auto()  # the states after h as the piece begins, and bytes between them
@@ -151,13 +160,22 @@ class Layout:
     h_gates: int
     blocks_vectors: int  # UB
     extra: int  # saved values beside those over the gates
+    precision: str = "float32"  # of the products' operands
 
     @classmethod
-    def of(cls, stage: Stage) -> Layout:
+    def of(cls, stage: Stage, precision: str = "float32") -> Layout:
         pre = len(stage.pre)
-        return cls(
-            pre, len(stage.x_gates), len(stage.h_gates), max(1, 4 // max(pre, 1)), max(0, stage.saved - pre)
-        )
+        blocks_vectors, extra = max(1, 4 // max(pre, 1)), max(0, stage.saved - pre)
+        return cls(pre, len(stage.x_gates), len(stage.h_gates), blocks_vectors, extra, precision)
+
+    @property
+    def per_word(self) -> int:
+        """Values in 32 bits of a product's operand."""
+        return 2 if self.precision == "bfloat16" else 1
+
+    def words(self, n: int) -> int:
+        """32-bit words that n values of a product's operand take."""
+        return -(-n // self.per_word)
 
     @property
     def width(self) -> int:
@@ -169,10 +187,13 @@ class Layout:
         return -(-units // self.width)
 
     def narrow(self, units: int) -> int:
-        """Vectors of the last block's recurrent product with its gates side by side; 0 where that saves none.
+        """Vectors of the last block's recurrent product with its gates side by side; 0 where that saves none, and in
+        bfloat16.
 
         With 50 units, a fourth block of an LSTM has 2: 8 of 64 lanes."""
         vectors = -(-self.h_gates * (units - (self.blocks(units) - 1) * self.width) // LANES)
+        if self.precision != "float32":
+            return 0
         return vectors if vectors < min(self.h_gates * self.blocks_vectors, TILE_COLUMNS + 1) else 0
 
     def scratch(self) -> int:
@@ -197,14 +218,14 @@ def field(place: P) -> str:
 
 
 @cache
-def product_tiles(stage: Stage) -> np.ndarray:
+def product_tiles(stage: Stage, precision: str = "float32") -> np.ndarray:
     """The stage's fused tiles, a row for each group of columns: addresses for 1 to TILE_ROWS rows, then the bytes of a
     packed row before the group's columns and before its part of the recurrent weights. Plans point here."""
     lay, table = Layout.of(stage), []
     apart = (lay.pre - lay.h_gates) * lay.blocks_vectors  # columns that the recurrence does not feed
     for first, count, windows in lay.groups():
         before = first * VECTOR_BYTES, max(0, first - apart) * VECTOR_BYTES
-        table.append([*fused_family(count, windows), *before])
+        table.append([*fused_family(count, windows, precision), *before])
     return np.array(table, np.int64)
 
 

@@ -5,6 +5,9 @@ one tile serves A B and A^T B. A tile may add two products that cover different 
 and the recurrent product of a GRU do. Each shape is one noinline function: inlined beside the gates, their constants would
 push the accumulators out of the registers.
 
+In bfloat16 the tile is the same with half as many k: A and B are 32-bit words of two values each, for k and k + 1, and the
+multiply-add is a product of pairs (simd.py: dot_pairs); sums stay float32.
+
 A family is the tiles of one column shape for 1 to TILE_ROWS rows, compiled once and called through a table of addresses,
 so that kernels that use it stay small. linkonce_odr functions of one name are merged across the process, so shape, lanes
 and VERSION stand in the name.
@@ -20,12 +23,27 @@ from llvmlite import ir
 from numba import types
 
 from .cache import compile_kernel
-from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .simd import F32, I64, VECTOR, VECTOR_BYTES, VECTOR_INT, broadcast, caller, fma, operation, pointer
+from .isa import DOT_BF16, LANES, TILE_COLUMNS, TILE_ROWS
+from .simd import (
+    F32,
+    I64,
+    VECTOR,
+    VECTOR_BYTES,
+    VECTOR_INT,
+    broadcast,
+    caller,
+    dot_pairs,
+    fma,
+    high_of_pairs,
+    load_again,
+    low_of_pairs,
+    operation,
+    pointer,
+)
 
 __all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "tile1", "tile2", "transpose"]
 
-VERSION = 1
+VERSION = 2
 TRANSPOSE = 8 * TILE_COLUMNS * TILE_ROWS  # where its address is in the table of `plain_families`, in bytes
 Windows = tuple[tuple[int, int], ...]  # for each product, the columns it adds to: first and one past the last
 
@@ -33,9 +51,12 @@ PRODUCT_ARGUMENTS = 6  # A, bytes between its rows, bytes between its k, how man
 LAST_ARGUMENTS = 4  # start, bytes between its rows, C, bytes between its rows
 
 
-def _tile(module: ir.Module, rows: int, columns: int, windows: Windows) -> ir.Function:
+def _tile(
+    module: ir.Module, rows: int, columns: int, windows: Windows, precision: str = "float32"
+) -> ir.Function:
     shape = "_".join(f"{a}to{z}" for a, z in windows)
-    name = f"numlstm_tile_{rows}x{columns}_{shape}_l{LANES}_v{VERSION}"
+    kind = precision + "_dot" * (precision == "bfloat16" and DOT_BF16)
+    name = f"numlstm_tile_{kind}_{rows}x{columns}_{shape}_l{LANES}_v{VERSION}"
     if name in module.globals:
         return module.globals[name]
     count = PRODUCT_ARGUMENTS * len(windows) + LAST_ARGUMENTS
@@ -51,7 +72,7 @@ def _tile(module: ir.Module, rows: int, columns: int, windows: Windows) -> ir.Fu
     sums = {(m, n): b.load(at(start, start_step, m, n), align=4) for m in range(rows) for n in range(columns)}
     for k, window in enumerate(windows):
         product = f.args[PRODUCT_ARGUMENTS * k : PRODUCT_ARGUMENTS * (k + 1)]
-        _add_product(f, b, sums, rows, window, *product)
+        _add_product(f, b, sums, rows, window, precision, *product)
     for (m, n), value in sums.items():
         b.store(value, at(out, out_step, m, n), align=4)
     b.ret_void()
@@ -59,7 +80,7 @@ def _tile(module: ir.Module, rows: int, columns: int, windows: Windows) -> ir.Fu
 
 
 def _add_product(
-    f: ir.Function, b: ir.IRBuilder, sums: dict, rows: int, window: tuple[int, int],
+    f: ir.Function, b: ir.IRBuilder, sums: dict, rows: int, window: tuple[int, int], precision: str,
     a: Any, a_row: Any, a_k: Any, k_end: Any, weights: Any, weights_step: Any,
 ) -> None:  # fmt: skip
     """Emit the loop over k; `sums` is updated to the values after it."""
@@ -74,15 +95,28 @@ def _add_product(
     b.position_at_end(loop)
     k, offset, position = b.phi(I64), b.phi(I64), b.phi(I64)
     accumulators = {key: b.phi(VECTOR) for key in live}
-    row = [
-        b.load(pointer(b, b.add(position, I64((n - first) * VECTOR_BYTES)), VECTOR), align=4)
-        for n in range(first, last)
-    ]
-    new = {}
-    for m in range(rows):
-        x = broadcast(b, b.load(pointer(b, b.add(row_base[m], offset), F32), align=4))
-        for n in range(first, last):
-            new[m, n] = fma(b, x, row[n - first], accumulators[m, n])
+    new: dict = dict(accumulators)
+
+    def steps(part: Any, multiply: Any) -> None:
+        """For every sum, the product of what `part` makes of the loaded words."""
+        row = [
+            part(b.load(pointer(b, b.add(position, I64((n - first) * VECTOR_BYTES)), VECTOR), align=4))
+            for n in range(first, last)
+        ]
+        for m in range(rows):
+            x = part(broadcast(b, b.load(pointer(b, b.add(row_base[m], offset), F32), align=4)))
+            for n in range(first, last):
+                new[m, n] = multiply(b, x, row[n - first], new[m, n])
+
+    whole = lambda word: word
+    if precision == "float32":
+        steps(whole, fma)
+    elif DOT_BF16:
+        steps(whole, dot_pairs)
+    else:  # the low halves of all words, then the high ones; expanded side by side they would not fit the registers
+        steps(lambda word: low_of_pairs(b, word), fma)
+        load_again(b)
+        steps(lambda word: high_of_pairs(b, word), fma)
     k_next = b.add(k, I64(1))
     for phi, initial, following in (
         (k, I64(0), k_next),
@@ -128,7 +162,9 @@ def _transpose(module: ir.Module) -> ir.Function:
     return f
 
 
-def _table(name: str, shapes: tuple[tuple[int, Windows], ...], with_transpose: bool = False) -> np.ndarray:
+def _table(
+    name: str, shapes: tuple[tuple[int, Windows], ...], precision: str, with_transpose: bool = False
+) -> np.ndarray:
     """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape, and if
     asked for that of the transposition, in one row more."""
 
@@ -139,14 +175,15 @@ def _table(name: str, shapes: tuple[tuple[int, Windows], ...], with_transpose: b
             b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * TILE_ROWS)), I64), align=8)
         for s, (columns, windows) in enumerate(shapes):
             for m in range(TILE_ROWS):
-                address = b.ptrtoint(_tile(b.module, m + 1, columns, windows), I64)
+                address = b.ptrtoint(_tile(b.module, m + 1, columns, windows, precision), I64)
                 b.store(address, pointer(b, b.add(table, I64(8 * (s * TILE_ROWS + m))), I64), align=8)
 
     def fill(table):
         write(table)
 
     table = np.zeros((len(shapes) + 1, TILE_ROWS), np.int64)
-    kernel = compile_kernel(fill, name, repr((shapes, with_transpose)), types.void(types.int64))
+    text = repr((shapes, with_transpose, precision))
+    kernel = compile_kernel(fill, name, text, types.void(types.int64))
     kernel(table.ctypes.data)
     _KEEP_LOADED.append(kernel)
     return table
@@ -155,18 +192,25 @@ def _table(name: str, shapes: tuple[tuple[int, Windows], ...], with_transpose: b
 _KEEP_LOADED: list[Any] = []  # the addresses in a table are good while their library is loaded
 
 
-@cache
-def fused_family(columns: int, windows: Windows) -> np.ndarray:
+def fused_family(columns: int, windows: Windows, precision: str = "float32") -> np.ndarray:
     """Tiles of two products: entry m - 1 has m rows."""
-    return _table("tiles_fused", ((columns, windows),))[0]
+    return _fused(columns, windows, precision)
+
+
+def plain_families(precision: str = "float32") -> np.ndarray:
+    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then TRANSPOSE."""
+    return _plain(precision)
 
 
 @cache
-def plain_families() -> np.ndarray:
-    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then TRANSPOSE."""
-    return _table(
-        "tiles_plain", tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1)), with_transpose=True
-    )
+def _fused(columns: int, windows: Windows, precision: str) -> np.ndarray:
+    return _table("tiles_fused", ((columns, windows),), precision)[0]
+
+
+@cache
+def _plain(precision: str) -> np.ndarray:
+    shapes = tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1))
+    return _table("tiles_plain", shapes, precision, with_transpose=True)
 
 
 # Calls of what stands in the tables, by address.

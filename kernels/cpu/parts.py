@@ -13,6 +13,7 @@ from functools import cache
 
 from numba import njit, types
 
+from .bfloat16 import closing_pairs, pack_back_pairs, pack_pairs
 from .cache import compile_address
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import P
@@ -42,6 +43,7 @@ __all__ = [
     "packed_rows",
     "share_panels",
     "tile_rows",
+    "words",
 ]
 
 call_part = caller(3)  # the plan, and the caller's share of the work
@@ -58,6 +60,13 @@ def tile_rows(left):
     if left >= 2 * TILE_ROWS or left == TILE_ROWS:
         return TILE_ROWS
     return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
+
+
+@njit(**INNER_OPTIONS)
+def words(p, place):
+    """How many words of a product's operand as many values take as stand at `place`: half as many in bfloat16."""
+    per_word = get(p, P.PER_WORD)
+    return (get(p, place) + per_word - 1) // per_word
 
 
 @njit(**INNER_OPTIONS)
@@ -99,7 +108,7 @@ def pack(p, shard, shards):
 
 def input_product(p, u0, u1):
     """The input's part of all pre-activations: tall tiles read the input's weights once for many steps."""
-    TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
+    TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), words(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
     for u in range(u0, u1):
         gates, wp = get(p, P.GATES) + u * TB * row, get(p, P.WP) + u * I * x_row
@@ -118,11 +127,11 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
     """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it.
 
     A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards."""
-    B, I, K, apart, fused = get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.APART), get(p, P.FUSED)
+    B, I, K, apart, fused = get(p, P.B), words(p, P.I), words(p, P.K), get(p, P.APART), get(p, P.FUSED)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
     h_row, groups, tile = get(p, P.H_GATES) * get(p, P.WIDTH) * 4, get(p, P.GROUPS), get(p, P.FORWARD_TILE)
     fed_row, in_memory, TB, depth = get(p, P.FED_B), get(p, P.TRAINING) + apart, get(p, P.T) * B, I
-    fed, x = get(p, P.FED) + t * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
+    fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
     if apart != 0:
         depth = 0
     narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + TILE_ROWS * row
@@ -199,8 +208,8 @@ def pack_back(p, shard, shards):
 
 def dx_step(p, t, d, b0, b1, x0, x1, s):
     """Step t's gradient of the input, rows b0 to b1 and vectors x0 to x1, of the gates' gradients at `d`."""
-    B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * get(p, P.H)
-    d_row, add = get(p, P.PRE) * get(p, P.H) * 4, get(p, P.DX_ADD)
+    B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * words(p, P.H)
+    d_row, add = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD)
     for v in range(x0, x1, TILE_COLUMNS):
         n = min(TILE_COLUMNS, x1 - v)
         b = b0
@@ -231,7 +240,7 @@ def closing(p, shard, shards):
     row, x_row, h_row = pre * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
     x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (K + TILE_ROWS - 1) // TILE_ROWS
     first, last = share(x_tiles + h_tiles, shard, shards)
-    packed = get(p, P.PACKED) + first * GRADIENT_ROWS * TILE_ROWS * 4
+    packed = get(p, P.ROWS) + first * GRADIENT_ROWS * TILE_ROWS * 4
     for k in range(0, TB, GRADIENT_ROWS):
         rows = min(GRADIENT_ROWS, TB - k)
         for i in range(first, last):
@@ -292,14 +301,16 @@ def _addresses(*functions: Callable[..., None]) -> dict[P, int]:
     """The functions compiled: their places in the plan, and their addresses."""
     arguments = lambda f: f.__code__.co_argcount
     return {
-        P[f.__name__.upper()]: compile_address(f, f.__name__, "", types.void(*[types.int64] * arguments(f)))
+        P[f.__name__.removesuffix("_pairs").upper()]: compile_address(
+            f, f.__name__, "", types.void(*[types.int64] * arguments(f))
+        )
         for f in functions
     }
 
 
-def forward_parts() -> dict[P, int]:
+def forward_parts(precision: str) -> dict[P, int]:
     """What a plan needs for a forward pass."""
-    return _addresses(pack, input_product, forward_step)
+    return _addresses(pack_pairs if precision == "bfloat16" else pack, input_product, forward_step)
 
 
 def packed_rows(I: int, K: int) -> int:
@@ -307,6 +318,8 @@ def packed_rows(I: int, K: int) -> int:
     return GRADIENT_ROWS * TILE_ROWS * (-(-I // TILE_ROWS) - (-K // TILE_ROWS))
 
 
-def backward_parts() -> dict[P, int]:
+def backward_parts(precision: str) -> dict[P, int]:
     """What a plan needs beside those for a backward pass."""
+    if precision == "bfloat16":
+        return _addresses(pack_back_pairs, dx_step, closing_pairs, unpack)
     return _addresses(pack_back, dx_step, closing, unpack)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..derive import Cell
-from ..sequence import Forward, Gradients, check_backward, check_forward
+from ..sequence import Forward, Gradients, check_backward, check_forward, check_precision
 from . import fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout, Prepared, Residual
@@ -34,14 +34,17 @@ def _operations(cell: Cell, T: int, B: int, I: int, H: int) -> float:
     return 2.0 * T * B * (len(cell.gates) * I + len(cell.recurrent) * H) * H
 
 
-def _split(cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1) -> tuple[int, bool]:
+def _split(
+    cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1, precision: str = "float32"
+) -> tuple[int, bool]:
     """How many threads share the sequence, one of `at_once`, and whether by units (else by batch)."""
     n, blocks = max(1, threads.get_num_threads() // at_once), -(-H // Layout.of(cell.stages[0]).width)
     operations = _operations(cell, T, B, I, H)
     weights = operations / (2.0 * T * B)
     if n == 1 or operations < ONE_AWAKE_BELOW or (operations < ONE_THREAD_BELOW and not threads.ready()):
         return 1, False
-    if ROWS_FOR_BATCH_SPLIT * n <= B and 4 * weights <= CACHE_BYTES:
+    of_weights = weights * (4 if precision == "float32" else 2)
+    if ROWS_FOR_BATCH_SPLIT * n <= B and of_weights <= CACHE_BYTES:
         return n, False
     if blocks >= n:
         return n, True
@@ -89,13 +92,14 @@ def forward(
     recurrent_mask: np.ndarray | None = None,
     projection: np.ndarray | None = None,
     steps: int | None = None,
+    precision: str = "float32",
 ) -> Forward:
-    """Run the sequence in float32; see ../sequence.py for arguments, shapes and meaning.
+    """Run the sequence in float32, its products in `precision`; see ../sequence.py for arguments, shapes and meaning.
 
     `steps`: see `recomputes`.
 
     Raises:
-        ValueError: an array's shape does not fit the others.
+        ValueError: an array's shape does not fit the others, or an unknown precision.
 
     >>> import numpy as np
     >>> from numlstm.kernels import cells
@@ -106,6 +110,7 @@ def forward(
     """
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
     options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection, "steps": steps}
+    options["precision"] = precision
     return _run([_prepare(*arguments, training=training, **options)])[0]
 
 
@@ -138,7 +143,7 @@ def _run(jobs: list[Prepared], together: bool = False) -> list[Any]:
 def _prepare(
     cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, state: Any, valid: Any,
     *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Any = None, steps: int | None = None,
-    at_once: int = 1,
+    precision: str = "float32", at_once: int = 1,
 ) -> Prepared:  # fmt: skip
     """A forward pass: arguments held to their shapes, memory laid out, the plan written."""
     T, B, I, H, Q = check_forward(
@@ -149,7 +154,8 @@ def _prepare(
             f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
             + (f" and an output of {Q}" if cell.projects else "")
         )
-    shards, units = _split(cell, T, B, I, H, at_once)
+    check_precision(precision)
+    shards, units = _split(cell, T, B, I, H, at_once, precision)
     apart = _apart(shards, units, B, I)
     arrays = [_float32(a) for a in (x, kernel, recurrent_kernel)]
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
@@ -157,7 +163,7 @@ def _prepare(
     module = staged if len(cell.stages) > 1 else fused
     return module.prepare(
         cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
-        shards, units, apart, at_once, steps,
+        shards, units, apart, at_once, steps, precision,
     )  # fmt: skip
 
 

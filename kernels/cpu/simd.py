@@ -31,8 +31,8 @@ JIT_OPTIONS: dict[str, Any] = {
 # For functions that only kernels call: what Python would need to call them is not compiled.
 INNER_OPTIONS: dict[str, Any] = {**JIT_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VECTOR, VECTOR_INT = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, VECTOR_INT, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 VECTOR_BYTES = LANES * 4
 
 
@@ -100,6 +100,55 @@ def vector_call(b: ir.IRBuilder, name: str, *args: Any) -> Any:
 
 def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return vector_call(b, "fma", x, y, z)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+def low_of_pairs(b: ir.IRBuilder, word: Any) -> Any:
+    """The low bfloat16 of each 32-bit word as float32: exact, whatever it is."""
+    return b.bitcast(b.shl(b.bitcast(word, VECTOR_INT), int_const(16)), VECTOR)
+
+
+def high_of_pairs(b: ir.IRBuilder, word: Any) -> Any:
+    return b.bitcast(b.and_(b.bitcast(word, VECTOR_INT), int_const(0xFFFF0000)), VECTOR)
+
+
+def load_again(b: ir.IRBuilder) -> None:
+    """No instructions, but what was loaded before is not known to be the same after: it need not stay in a register."""
+    nothing = ir.FunctionType(ir.VoidType(), [])
+    b.call(ir.InlineAsm(nothing, "", "~{memory}", side_effect=True), [])
+
+
+def dot_pairs(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    """z + x's low bfloat16 times y's + x's high one times y's, in float32; x and y hold two of them in each 32-bit lane.
+
+    VDPBF16PS (AVX512_BF16, only where isa.DOT_BF16): it takes denormals for zeros, flushes denormal results and rounds to
+    nearest even, whatever the float control register says.
+    """
+    kind = ir.VectorType(_BFloat(), 2 * LANES)
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
+    return call(b, name, VECTOR, z, b.bitcast(x, kind), b.bitcast(y, kind))
+
+
+def rounded_bits(b: ir.IRBuilder, value: Any) -> Any:
+    """float32 to bfloat16, to nearest and ties to even, in the upper half of each lane's bits; what is below is left over.
+
+    In integers, so that every processor gives the same bits; a NaN stays one (its quiet bit is set, lest rounding carry)."""
+    bits = b.bitcast(value, VECTOR_INT)
+    odd = b.and_(b.lshr(bits, int_const(16)), int_const(1))
+    rounded = b.add(bits, b.add(odd, int_const(0x7FFF)))
+    return b.select(b.fcmp_unordered("uno", value, value), b.or_(bits, int_const(0x400000)), rounded)
 
 
 def broadcast(b: ir.IRBuilder, scalar: Any, kind: ir.VectorType = VECTOR) -> Any:
@@ -271,3 +320,39 @@ def horizontal_max(b, x):
         x = vector_call(b, "maximum", x, b.shuffle_vector(x, x, ir.Constant(VECTOR_INT, order)))
         step //= 2
     return b.extract_element(x, I32(0))
+
+
+@operation("v(vv)")
+def join_pairs(b, low, high):
+    """Two float32 vectors as one of pairs: `low` rounded to bfloat16 in the low half of each lane, `high` in the upper."""
+    upper = b.and_(rounded_bits(b, high), int_const(0xFFFF0000))
+    return b.bitcast(b.or_(upper, b.lshr(rounded_bits(b, low), int_const(16))), VECTOR)
+
+
+@operation("0(iv)")
+def store_bf16(b, address, value):
+    """Store LANES values as bfloat16, 2 bytes each."""
+    halves = b.trunc(b.lshr(rounded_bits(b, value), int_const(16)), HALVES)
+    b.store(halves, pointer(b, address, HALVES), align=2)
+
+
+@operation("0(ivi)")
+def store_bf16_n(b, address, value, n):
+    """Store the first n lanes as bfloat16."""
+    halves = b.trunc(b.lshr(rounded_bits(b, value), int_const(16)), HALVES)
+    call(
+        b,
+        f"llvm.masked.store.v{LANES}i16.p0",
+        ir.VoidType(),
+        halves,
+        pointer(b, address, HALVES),
+        I32(2),
+        lanes_below(b, n),
+    )
+
+
+@operation("v(ii)")
+def zip_bf16(b, low, high):
+    """LANES bfloat16 at each of two addresses as pairs."""
+    wide = [b.zext(b.load(pointer(b, a, HALVES), align=2), VECTOR_INT) for a in (low, high)]
+    return b.bitcast(b.or_(wide[0], b.shl(wide[1], int_const(16))), VECTOR)

@@ -12,6 +12,8 @@ Each stage has a plan of its own (layout.py), one after the other. Beside what i
                [B][row]           a vector's
     D          [B][NP H]          the gradients of a stage's pre-activations, row-major, for the products
 A row has as many floats as its units need in blocks of the widest kind, so that every stage's blocks fit.
+In bfloat16 each gate's part of D begins at a word, and every vector that a product reads has a rounded copy, a place for
+each step, made as the vector is.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import numpy as np
 from numba import njit
 
 from ..derive import NORM_EPSILON, Cell, Stage
+from ..rounding import bfloat16_bits
 from ..sequence import Forward, Gradients, aux_columns
 from . import threads
+from .bfloat16 import pairs_bytes
 from .blueprint import Blueprint, Relative, Word
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
@@ -51,6 +55,7 @@ from .parts import (
     packed_rows,
     share_panels,
     tile_rows,
+    words,
 )
 from .plan import SIGNATURE, get, share
 from .simd import (
@@ -69,7 +74,7 @@ from .simd import (
     store_n,
 )
 from .threads import barrier
-from .tiles import aux_rows, compile_tile, inline
+from .tiles import aux_rows, compile_tile, inline, store_rows
 from .workspace import aligned
 
 __all__ = ["prepare", "prepare_back"]
@@ -121,10 +126,29 @@ def _sources(cell: Cell) -> set[str]:
     return {s.source for s in cell.stages if s.h_gates and not s.projects}
 
 
+def _copied(cell: Cell, precision: str) -> set[str]:
+    """The vectors of which tiles make what products read: thinned by the recurrent mask, rounded, or both.
+
+    Raises:
+        ValueError: in bfloat16, a vector that a recurrent product and a projection read.
+    """
+    thinned = _sources(cell)
+    if precision == "float32":
+        return thinned
+    projected = {s.source for s in cell.stages if s.h_gates and s.projects}
+    if projected & thinned:
+        both = ", ".join(sorted(projected & thinned))
+        raise ValueError(
+            f"precision: {cell.name} projects and feeds back the same {both}, which bfloat16 can't do"
+        )
+    return thinned | projected
+
+
 def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     """forward_tile(p, s, s_step, rows, t, b, u): the stage on `rows` rows from b and block u; s: pre-activations."""
     wb, given, old = lay.width * 4, len(stage.given), _old(cell, stage)
-    fed = {j for j, name in enumerate(stage.made) if (_state(cell, name) or name) in _sources(cell)}
+    copied, sources = _copied(cell, lay.precision), _sources(cell)
+    fed = {j: _state(cell, v) or v for j, v in enumerate(stage.made) if (_state(cell, v) or v) in copied}
     uses = set(stage.forward_args)
     step_of = lambda j: "(t + 1)" if j in old else "t"
     o = [
@@ -142,7 +166,8 @@ def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f = lambda n, j=j: f"load_int(vectors + {8 * (VECTOR_FIELDS * (given + j) + n)})"
         o += [
             f"    masked{j} = mask0 != 0 and {step_of(j)} < {field(P.T)}; fed{j}_row = {f(7)}",
-            f"    mask_row = {field(P.MASK_B)}; fed{j} = {f(5)} + {step_of(j)} * {f(6)} + b * fed{j}_row + at",
+            f"    mask_row = {field(P.MASK_B)}",
+            f"    fed{j} = {f(5)} + {step_of(j)} * {f(6)} + b * fed{j}_row + at // {lay.per_word}",
             f"    mask{j} = mask0 + {step_of(j)} * {field(P.MASK_T)} + b * mask_row + at",
         ]
     o += [
@@ -171,14 +196,26 @@ def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     for j in range(len(stage.made)):
         value = f"load(old{j} + m * old{j}_row + q)" if j in old else "K(0.0)"
         o.append(f"{indent}store(out{j} + m * out{j}_row + q, {value})")
-    for j in fed:
-        o += [
-            f"        if masked{j}:",
-            f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
-            f"{indent}thinned = load(out{j} + m * out{j}_row + q) * load_n(mask{j} + q, H - first - q // 4)",
-            f"{indent}store(fed{j} + m * fed{j}_row + q, thinned)",
-            f"        mask{j} += mask_row",
-        ]
+    for j, source in fed.items():
+        if lay.precision == "float32":
+            o += [
+                f"        if masked{j}:",
+                f"            for q in range(0, {wb}, {VECTOR_BYTES}):",
+                f"{indent}thinned = load(out{j} + m * out{j}_row + q) * load_n(mask{j} + q, H - first - q // 4)",
+                f"{indent}store(fed{j} + m * fed{j}_row + q, thinned)",
+            ]
+        else:  # zeros for padded units, whose values may be NaN: the last word of an odd number of units holds one
+            o += [
+                f"        for q in range(0, {wb}, {VECTOR_BYTES}):",
+                f"            n = H - first - q // 4; thinned = load(out{j} + m * out{j}_row + q)",
+            ]
+            if source in sources:  # nothing is dropped on the way into a projection
+                o.append(f"            if masked{j}: thinned = thinned * load_n(mask{j} + q, n)")
+            o += [
+                f"            if n < {LANES}: thinned = keep_n(thinned, n)",
+                f"            store_bf16(fed{j} + m * fed{j}_row + q // 2, thinned)",
+            ]
+        o.append(f"        mask{j} += mask_row")
     o.append(f"        s += s_step; e += {lay.extra * wb}")
     return "\n".join(o) + "\n"
 
@@ -189,11 +226,12 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     uses = set(stage.backward_args)
     o = [
         "def backward_tile(p, rows, t, b, u):",
-        f"    B = {field(P.B)}; r = t * B + b; at = u * {wb}; first = u * {lay.width}; H = {field(P.H)}; h4 = H * 4",
+        f"    B = {field(P.B)}; r = t * B + b; at = u * {wb}; first = u * {lay.width}; H = {field(P.H)}",
+        f"    h4 = (H + {lay.per_word - 1}) // {lay.per_word} * 4",
         f"    valid = {field(P.VALID)}; vectors = {field(P.VECTORS)}; gradients = {field(P.GRADIENTS)}",
         f"    g = {field(P.GATES)} + (u * {field(P.T)} * B + r) * {lay.pre * wb}; d_row = h4 * {lay.pre}",
         f"    e = {field(P.EXTRA)} + (u * {field(P.T)} * B + r) * {lay.extra * wb}; aux = {field(P.AUX)}",
-        f"    w = {field(P.PARAMS)} + at; w_row = {field(P.PARAM_B)}; d = {field(P.D)} + b * d_row + at",
+        f"    w = {field(P.PARAMS)} + at; w_row = {field(P.PARAM_B)}; d = {field(P.D)} + b * d_row + at // {lay.per_word}",
         f"    dp_slot = B * w_row; dp = {field(P.DPARAMS)} + b * w_row + at; upstream = {field(P.UPSTREAM)}",
         *(_vector(f"in{k}", "vectors", k, "at") for k, v in enumerate(stage.given) if v in uses),
         *(_vector(f"out{j}", "vectors", given + j, "at") for j, v in enumerate(stage.made) if v in uses),
@@ -242,8 +280,8 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     if stage.pre:
         o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
         o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in stage.pre]
-    for k, g in enumerate(stage.pre):
-        o.append(f"{indent}store(g + {k * wb} + q, _g_{g}); store_n(d + {k} * h4 + q, _g_{g}, n)")
+    o += [f"{indent}store(g + {k * wb} + q, _g_{g})" for k, g in enumerate(stage.pre)]
+    o += store_rows(lay, [f"_g_{g}" for g in stage.pre], f"q // {lay.per_word}", indent)
     for k, v in enumerate(stage.given):
         o.append(f"{indent}a = d_in{k} + m * d_in{k}_row + q; store(a, load(a) + _s_{v})")
     for k, n in enumerate(cell.params):
@@ -254,10 +292,8 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     for j in old:
         name = "_" + stage.gradient_of[stage.made[j]]
         o.append(f"{indent}a = d_old{j} + m * d_old{j}_row + q; store(a, load(a) + {name})")
-    o += [
-        f"{indent}store(g + {k * wb} + q, K(0.0)); store_n(d + {k} * h4 + q, K(0.0), n)"
-        for k in range(lay.pre)
-    ]
+    o += [f"{indent}store(g + {k * wb} + q, K(0.0))" for k in range(lay.pre)]
+    o += store_rows(lay, ["K(0.0)"] * lay.pre, f"q // {lay.per_word}", indent)
     o.append(f"        g += {lay.pre * wb}; e += {lay.extra * wb}; d += d_row")
     return "\n".join(o) + "\n"
 
@@ -350,8 +386,8 @@ def normalize_rows_back(table, t, b0, b1, B):
 @njit(**INNER_OPTIONS)
 def source_step(p, t, b0, b1, v0, v1, s):
     """The gradients of a stage's recurrent product, added to its source's."""
-    H, units, depth, zeros = get(p, P.H), get(p, P.K), get(p, P.H_GATES) * get(p, P.H), get(p, P.ZEROS)
-    d_row, mask, mask_row = get(p, P.PRE) * H * 4, get(p, P.D_MASK), get(p, P.MASK_B)
+    units, depth, zeros = get(p, P.K), get(p, P.H_GATES) * words(p, P.H), get(p, P.ZEROS)
+    d_row, mask, mask_row = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.D_MASK), get(p, P.MASK_B)
     row, into = get(p, P.D_SOURCE_B), get(p, P.D_SOURCE) + (t & 1) * get(p, P.D_SOURCE_T)
     d, masked = get(p, P.D) + d_row - depth * 4, mask != 0
     mask += t * get(p, P.MASK_T)
@@ -462,9 +498,10 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 @cache
-def _tiles(cell: Cell, emit: Callable[..., str]) -> list[int]:
+def _tiles(cell: Cell, emit: Callable[..., str], precision: str) -> list[int]:
     """The addresses of one of the two tiles of each stage."""
-    return [compile_tile(emit(cell, s, Layout.of(s)), f"{cell.name}_{k}") for k, s in enumerate(cell.stages)]
+    sources = [emit(cell, stage, Layout.of(stage, precision)) for stage in cell.stages]
+    return [compile_tile(source, f"{cell.name}_{k}") for k, source in enumerate(sources)]
 
 
 def _scratch_floats(cell: Cell) -> int:
@@ -493,13 +530,14 @@ class Shape(NamedTuple):
     shards: int
     units: bool  # the threads share the units, else the batch
     apart: bool
+    precision: str
 
 
 class _Vectors:
     """Where each vector and its gradient lies, as words of tables."""
 
     def __init__(self, cell: Cell, shape: Shape) -> None:
-        self.cell, self.shape = cell, shape
+        self.cell, self.shape, self.paired = cell, shape, shape.precision == "bfloat16"
         self.units = (
             {s: shape.H for s in cell.state} | {v: shape.H for v in cell.vectors} | {cell.state[0]: shape.Q}
         )
@@ -535,14 +573,34 @@ class _Vectors:
 
     def fed(self, vector: str) -> list[Word]:
         """Where what a recurrent product reads lies, times the mask if there is one: address, by step, by row."""
-        if f"fed {vector}" in self.pieces_fed():
-            return [Relative(f"fed {vector}"), 4 * self.floats(vector), 4 * row_units(self.units[vector])]
-        return self.value(vector)[:3]
+        if vector not in self.copied():
+            return self.value(vector)[:3]
+        per_word = 2 if self.paired else 1
+        step, row = 4 * self.floats(vector) // per_word, 4 * row_units(self.units[vector]) // per_word
+        return [Relative(f"fed {vector}"), step, row]
+
+    def copied(self) -> set[str]:
+        """The vectors of which products read a copy.
+
+        Raises:
+            ValueError: no tile makes one of them, as it is normalised and goes into the product as it is.
+        """
+        if not (self.paired or self.shape.masked):
+            return set()
+        copied = _copied(self.cell, self.shape.precision)
+        if lacking := copied - {self.base(v)[0] for stage in self.cell.stages for v in stage.made}:
+            asked = f"precision: {self.shape.precision}" if self.paired else "recurrent_mask: it"
+            raise ValueError(
+                f"{asked} can't be had for {self.cell.name}, where a product reads what `normalize` gives "
+                f"({', '.join(sorted(lacking))}) with nothing in between"
+            )
+        return copied
 
     def pieces_fed(self) -> dict[str, int]:
-        if not self.shape.masked:
-            return {}
-        return {f"fed {v}": self.shape.T * self.floats(v) for v in _sources(self.cell)}
+        """Floats of each copy: all steps, and in bfloat16 a state's last value, which a tile rounds like the others."""
+        T = self.shape.T
+        of = lambda v: (T + 1) * self.floats(v) // 2 if self.paired else T * self.floats(v)
+        return {f"fed {v}": of(v) for v in sorted(self.copied())}
 
     def gradient(self, vector: str) -> list[Word]:
         """A vector's gradient in a table."""
@@ -580,6 +638,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
     }  # fmt: skip
     rest = {"scratch": shape.shards * _scratch_floats(cell), **vectors.pieces_fed()}
     rest |= {f"value {v}": vectors.slots(v) * vectors.floats(v) for v in vectors.units if v != cell.state[0]}
+    if vectors.paired:  # rows are read in whole vectors, which may reach past the last row
+        rest["x rounded"] = T * B * -(-I // 2) + LANES
     aux = [
         w
         for k in range(len(cell.aux))
@@ -587,15 +647,20 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
     ]
     common: dict[P, Word] = {
         P.T: T, P.B: B, P.UNITS_SPLIT: int(shape.units), P.TRAINING: int(shape.training), P.PARAMS: Relative("params"),
-        P.PARAM_B: 4 * row_units(H), P.PLAIN: plain_families().ctypes.data, P.VALID: Relative("valid"),
+        P.PARAM_B: 4 * row_units(H), P.PLAIN: plain_families(shape.precision).ctypes.data, P.VALID: Relative("valid"),
         P.AUX: tables.add("aux", aux), P.FLAGS: Relative("flags"), P.SCRATCH: Relative("scratch"),
-        P.ZEROS: Relative("zeros"), P.X: Relative("x"), P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
+        P.ZEROS: Relative("zeros"), P.X: Relative("x rounded" if vectors.paired else "x"),
+        P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
         P.MASK: Relative("mask"), P.MASK_T: Relative("mask t"), P.MASK_B: Relative("mask b"),
-        P.STAGES: len(cell.stages), P.SCRATCH_BYTES: 4 * _scratch_floats(cell), **forward_parts(),
+        P.STAGES: len(cell.stages), P.SCRATCH_BYTES: 4 * _scratch_floats(cell), **forward_parts(shape.precision),
+        P.FED_KEPT: -1, P.PER_WORD: 2 if vectors.paired else 1,
     }  # fmt: skip
-    forward_tiles = _tiles(cell, _forward_tile)
+    if vectors.paired:
+        common |= {P.X_SOURCE: Relative("x")}
+    x_rows = T * B  # the first stage that reads x rounds it
+    forward_tiles = _tiles(cell, _forward_tile, shape.precision)
     for k, stage in enumerate(cell.stages):
-        lay, products = Layout.of(stage), product_tiles(stage)
+        lay, products = Layout.of(stage, shape.precision), product_tiles(stage, shape.precision)
         made, features, depth = (
             (Q if stage.projects else H),
             (I if stage.x_gates else 0),
@@ -603,8 +668,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         )
         blocks, apart = lay.blocks(made), shape.apart and bool(stage.x_gates)
         zeroed[f"bp {k}"] = blocks * lay.pre * lay.width
-        rest[f"wp {k}"] = blocks * features * lay.x_gates * lay.width
-        rest[f"rp {k}"] = blocks * depth * lay.h_gates * lay.width
+        rest[f"wp {k}"] = blocks * lay.words(features) * lay.x_gates * lay.width
+        rest[f"rp {k}"] = blocks * lay.words(depth) * lay.h_gates * lay.width
         rest[f"gates {k}"] = blocks * T * B * lay.pre * lay.width if shape.training or apart else 0
         rest[f"extra {k}"] = blocks * T * B * lay.extra * lay.width if shape.training else 0
         norms: list[Word] = []
@@ -626,11 +691,11 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         table = [w for v in stage.given for w in (*vectors.value(v), 0, 0, 0)]
         for v in stage.made:
             source = _state(cell, v) or v
-            fed = vectors.fed(source) if f"fed {source}" in vectors.pieces_fed() else [0, 0, 0]
+            fed = vectors.fed(source) if source in vectors.copied() else [0, 0, 0]
             table += [*vectors.value(v), *fed]
         for j in _old(cell, stage):
             table += [*vectors.value(stage.made[j][:-1]), 0, 0, 0]
-        fed = vectors.value(stage.source)[:3] if stage.projects else vectors.fed(stage.source)
+        fed = vectors.fed(stage.source)
         x_column, h_column = columns(cell, stage)
         tables.plan(k, common | {
             P.I: features, P.H: made, P.K: depth, P.HP: blocks * lay.width, P.BLOCKS: blocks, P.APART: int(apart),
@@ -642,12 +707,13 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
             P.FUSED: products.ctypes.data, P.GROUPS: len(products), P.WIDTH: lay.width, P.PRE: lay.pre,
-            P.NARROW: lay.narrow(made),
+            P.NARROW: lay.narrow(made), P.X_ROWS: x_rows if stage.x_gates else 0,
             P.FORWARD_TILE: forward_tiles[k], P.NORM_COUNT: len(norms), P.VECTORS: tables.add(f"vectors {k}", table),
             P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],
             P.BIAS: Relative("bias") if stage.x_gates else 0,
             P.D_MASK: 0 if stage.projects else Relative("mask"),  # nothing is dropped on the way into a projection
         })  # fmt: skip
+        x_rows = 0 if stage.x_gates else x_rows
         if shape.training:
             among = len(stage.given) + len(stage.made) + len(_old(cell, stage))
             tables.add(f"gradients {k}", [0] * among * GRADIENT_FIELDS)
@@ -661,6 +727,7 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
     B, H = shape.B, shape.H
     vectors, at = _Vectors(cell, shape), _forward_blueprint(cell, shape)[1]
     zeroed = {f"gradient {v}": (2 if v in cell.state else 1) * vectors.floats(v) for v in vectors.units}
+    layouts = [Layout.of(stage, shape.precision) for stage in cell.stages]
     zeroed["dparams"] = len(cell.params) * B * row_units(H)
     rest: dict[str, int] = {}
     added: dict[int, Word] = {}
@@ -669,18 +736,25 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
         added.update(enumerate(words, at[name] + offset))
         return Relative("table", 8 * at[name])
 
-    begun, tiles = False, _tiles(cell, _backward_tile)
+    pairs = 0  # bytes of scratch a thread for packing pairs
+    for stage, lay in zip(cell.stages, layouts, strict=True):
+        if vectors.paired and stage.pre:
+            features, made = (shape.I if stage.x_gates else 0), (shape.Q if stage.projects else H)
+            pairs = max(pairs, pairs_bytes(lay, features, vectors.units[stage.source], made))
+    rest["pairs"] = shape.shards * pairs // 4
+    begun, tiles = False, _tiles(cell, _backward_tile, shape.precision)
     for k, stage in reversed(list(enumerate(cell.stages))):
-        lay = Layout.of(stage)
+        lay = layouts[k]
         made, features = (shape.Q if stage.projects else H), (shape.I if stage.x_gates else 0)
         depth, blocks = vectors.units[stage.source], lay.blocks(made)
         zeroed[f"dbp {k}"] = blocks * lay.pre * lay.width
         zeroed[f"dwp {k}"] = blocks * features * lay.x_gates * lay.width
         zeroed[f"drp {k}"] = blocks * depth * lay.h_gates * lay.width
-        rest[f"packed {k}"] = packed_rows(features, depth)
-        rest[f"d {k}"] = B * lay.pre * made
-        rest[f"rt {k}"] = lay.h_gates * made * -(-depth // LANES) * LANES
-        rest[f"wt {k}"] = lay.x_gates * made * -(-features // LANES) * LANES if need_dx else 0
+        rest[f"rows {k}"] = 0 if vectors.paired else packed_rows(features, depth)
+        # In bfloat16 the last word of an odd number of units holds nothing beside its unit, and must not hold NaN.
+        (zeroed if vectors.paired else rest)[f"d {k}"] = B * lay.pre * lay.words(made)
+        rest[f"rt {k}"] = lay.h_gates * lay.words(made) * -(-depth // LANES) * LANES
+        rest[f"wt {k}"] = lay.x_gates * lay.words(made) * -(-features // LANES) * LANES if need_dx else 0
         among = [*stage.given, *stage.made, *(stage.made[j][:-1] for j in _old(cell, stage))]
         upstream: list[Word] = []
         for v in stage.made:
@@ -697,12 +771,13 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
             P.GRADIENTS: table(f"gradients {k}", [w for v in among for w in vectors.gradient(v)]),
             P.UPSTREAM: table(f"upstream {k}", upstream), P.DPARAMS: Relative("dparams"), P.DBP: Relative(f"dbp {k}"),
             P.DWP: Relative(f"dwp {k}"), P.DRP: Relative(f"drp {k}"), P.D: Relative(f"d {k}"),
-            P.PACKED: Relative(f"packed {k}"), P.RT: Relative(f"rt {k}"),
+            P.ROWS: Relative(f"rows {k}"), P.RT: Relative(f"rt {k}"),
             P.WT: Relative(f"wt {k}"), P.DKERNEL: Relative("dkernel"),
             P.DRECURRENT: Relative("dprojection" if stage.projects else "drecurrent"),
             P.D_SOURCE: source, P.D_SOURCE_T: parity, P.D_SOURCE_B: row,
             P.DX: Relative("dx") if has_dx else 0, P.DX_ADD: int(begun), P.BACKWARD_TILE: tiles[k],
-            **backward_parts(),
+            **backward_parts(shape.precision),
+            P.PAIRS: Relative("pairs"), P.PAIRS_BYTES: pairs,
         }  # fmt: skip
         begun = begun or has_dx
         added.update({k * len(P) + place_of: word for place_of, word in plan.items()})
@@ -717,11 +792,11 @@ def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: np.ndarray | None,
-    shards: int, units: bool, apart: bool, at_once: int, steps: None,
+    shards: int, units: bool, apart: bool, at_once: int, steps: None, precision: str,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
     T, B, _, H, Q = shape
-    known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart)
+    known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart, precision)
     blueprint, _ = _forward_blueprint(cell, known)
     slab, table, output = blueprint.slab(), np.empty(len(blueprint.words), np.int64), cell.state[0]
     hs = aligned((T + 1, B, row_units(Q)))
@@ -744,8 +819,15 @@ def prepare(
         n = H if k else Q
         sequence[0, :, n:] = 0
         sequence[0, :, :n] = 0 if state is None else state[k]
+        thinned = sequence[0, :, :n]
         if recurrent_mask is not None and name in _sources(cell):
-            blueprint.piece(slab, f"fed {name}", T, B, row_units(n))[0, :, :n] = sequence[0, :, :n] * mask[0]
+            thinned = thinned * mask[0]
+        if precision == "bfloat16" and name in _copied(cell, precision):
+            first = blueprint.piece(slab, f"fed {name}", -1)[: B * row_units(n) // 2].view(np.uint16)
+            first[:] = 0
+            first.reshape(B, -1)[:, :n] = bfloat16_bits(thinned)
+        elif recurrent_mask is not None and name in _sources(cell):
+            blueprint.piece(slab, f"fed {name}", T, B, row_units(n))[0, :, :n] = thinned
     if params:
         rows = blueprint.piece(slab, "params", len(params), row_units(H))
         for row, param in zip(rows, params, strict=True):

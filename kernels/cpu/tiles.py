@@ -11,9 +11,23 @@ from numba import types
 from ..derive import Cell
 from . import math as vector_math
 from .cache import compile_address
-from .simd import K, caller, keep_n, load, load_byte, load_int, load_n, store, store_n
+from .isa import LANES
+from .layout import Layout
+from .simd import (
+    K,
+    caller,
+    keep_n,
+    load,
+    load_byte,
+    load_int,
+    load_n,
+    store,
+    store_bf16,
+    store_bf16_n,
+    store_n,
+)
 
-__all__ = ["aux_rows", "call_forward_tile", "compile_tile", "inline"]
+__all__ = ["aux_rows", "call_forward_tile", "compile_tile", "inline", "store_rows"]
 
 call_forward_tile = caller(7)  # p, s, s_step, rows, t, b, u
 
@@ -42,6 +56,16 @@ def aux_rows(cell: Cell, place: str) -> list[str]:
     ]
 
 
+def store_rows(lay: Layout, values: list[str], at: str, indent: str) -> list[str]:
+    """Statements that store the gates' gradients row-major at d, h4 bytes apart: of each its first n lanes."""
+    place = [f"d + {k} * h4 + {at}" for k in range(len(values))]
+    if lay.precision == "float32":
+        return [f"{indent}store_n({z}, {value}, n)" for z, value in zip(place, values, strict=True)]
+    whole = [f"{indent}    store_bf16({z}, {value})" for z, value in zip(place, values, strict=True)]
+    part = [f"{indent}    store_bf16_n({z}, {value}, n)" for z, value in zip(place, values, strict=True)]
+    return [f"{indent}if n >= {LANES}:", *whole, f"{indent}else:", *part] if values else []
+
+
 def compile_tile(source: str, name: str) -> int:
     """Compile the tile function that is the text `source`, all of whose arguments are int64; its address."""
     scope = dict(
@@ -52,6 +76,8 @@ def compile_tile(source: str, name: str) -> int:
         store=store,
         load_n=load_n,
         store_n=store_n,
+        store_bf16=store_bf16,
+        store_bf16_n=store_bf16_n,
         keep_n=keep_n,
         load_int=load_int,
         load_byte=load_byte,

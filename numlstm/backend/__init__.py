@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from . import cuda
-from .base import Backend, Kernel, lookup, register
+from .base import PRECISIONS, Backend, Kernel, lookup, register
 from .cpu import CpuBackend
 
 __all__ = [
+    "PRECISIONS",
     "Backend",
     "Kernel",
     "backends",
@@ -33,19 +34,19 @@ __all__ = [
 ]
 
 _CLASSES: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": Backend}
-_INSTANCES: dict[tuple[str, bool], Backend] = {}
+_INSTANCES: dict[tuple[str, bool, str], Backend] = {}
 # The backend of the innermost `with use_backend(...)`, ready to use: an operation pays for one look at it.
 _CHOSEN: ContextVar[Backend | None] = ContextVar("numlstm_backend", default=None)
 
 
-def _instance(name: str, strict: bool) -> Backend:
-    key = name, strict
+def _instance(name: str, strict: bool = False, precision: str = "float32") -> Backend:
+    key = name, strict, precision
     if key not in _INSTANCES:
-        _INSTANCES[key] = _CLASSES[name](strict=strict)
+        _INSTANCES[key] = _CLASSES[name](strict=strict, precision=precision)
     return _INSTANCES[key]
 
 
-def _resolve(name: str, strict: bool, source: str) -> Backend:
+def _resolve(name: str, source: str, strict: bool = False, precision: str = "float32") -> Backend:
     """The backend called `name`; `source` says who asked, for the error."""
     cuda_device = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
     if cuda_device:
@@ -55,7 +56,7 @@ def _resolve(name: str, strict: bool, source: str) -> Backend:
         name = "cpu"  # CUDA would come first; it is never usable in this version
     if name not in _CLASSES:
         raise ValueError(f"{source}: {name!r} came, expected auto, cpu, cuda, cuda:N or reference")
-    return _instance(name, strict)
+    return _instance(name, strict, precision)
 
 
 def get_backend(name: str | None = None, *, like: Any = None) -> Backend:
@@ -74,19 +75,22 @@ def get_backend(name: str | None = None, *, like: Any = None) -> Backend:
     """
     chosen = _CHOSEN.get()
     if name is not None:
-        return _resolve(name, chosen is not None and chosen.strict, "backend")
+        how = {} if chosen is None else {"strict": chosen.strict, "precision": chosen.precision}
+        return _resolve(name, "backend", **how)
     if chosen is not None:
         return chosen
     from_environment = os.environ.get("NUMLSTM_BACKEND")
     if from_environment:
-        return _resolve(from_environment, False, "NUMLSTM_BACKEND")
+        return _resolve(from_environment, "NUMLSTM_BACKEND")
     if like is not None and type(like).__module__.partition(".")[0] == "cupy":
-        return _resolve("cuda", False, "an array on a CUDA device")
-    return _instance("cpu", False)
+        return _resolve("cuda", "an array on a CUDA device")
+    return _instance("cpu")
 
 
 @contextmanager
-def use_backend(name: str | None = "auto", strict: bool = False) -> Iterator[Backend]:
+def use_backend(
+    name: str | None = "auto", strict: bool = False, precision: str | None = None
+) -> Iterator[Backend]:
     """Run everything inside the `with` block on one backend; blocks nest, and threads do not see each
     other's. A block inside a strict one is strict.
 
@@ -94,9 +98,11 @@ def use_backend(name: str | None = "auto", strict: bool = False) -> Iterator[Bac
         name: as in `get_backend`; None keeps what is chosen already (to add `strict`).
         strict: raise where the backend has no kernel of its own (float64 on the CPU, say) instead of using
             NumPy.
+        precision: of products of matrices (in recurrent and dense layers, `ops.matmul`): "float32", or "bfloat16"
+            (operands rounded to 8 bits of mantissa, sums in float32); None keeps what is chosen already.
 
     Raises:
-        ValueError, RuntimeError: as `get_backend`.
+        ValueError, RuntimeError: as `get_backend`; ValueError also for an unknown precision.
 
     >>> with use_backend("reference") as b:
     ...     get_backend() is b
@@ -104,7 +110,10 @@ def use_backend(name: str | None = "auto", strict: bool = False) -> Iterator[Bac
     """
     outer = _CHOSEN.get()
     strict = strict or (outer is not None and outer.strict)
-    backend = _instance(get_backend().name, strict) if name is None else _resolve(name, strict, "backend")
+    if precision is None:
+        precision = "float32" if outer is None else outer.precision
+    how = {"strict": strict, "precision": precision}
+    backend = _instance(get_backend().name, **how) if name is None else _resolve(name, "backend", **how)
     token = _CHOSEN.set(backend)
     try:
         yield backend

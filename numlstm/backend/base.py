@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from numlstm.kernels import remat
+from numlstm.kernels.sequence import PRECISIONS, check_precision
 
-__all__ = ["Backend", "Kernel", "lookup", "register"]
+__all__ = ["PRECISIONS", "Backend", "Kernel", "lookup", "register"]
 
 Array = Any
 OPERATIONS = (
@@ -137,6 +138,11 @@ class Backend:
 
     Arguments:
         strict: raise where the device has no kernel of its own, instead of letting NumPy serve.
+        precision: of the products inside recurrent sequences and dense layers, one of `PRECISIONS`; "bfloat16" rounds
+            their operands and nothing else (kernels/sequence.py).
+
+    Raises:
+        ValueError: an unknown precision.
 
     >>> Backend().matmul(np.eye(2), np.ones((2, 3)), np.zeros(3)).shape
     (2, 3)
@@ -146,12 +152,19 @@ class Backend:
     device = "reference"
     xp = np
 
-    def __init__(self, *, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, *, strict: bool = False, precision: str = "float32") -> None:
+        check_precision(precision)
+        self.strict, self.precision = strict, precision
+        # What is handed to kernels: those that know of no precision are asked for none where it is the usual one.
+        self._precision = {} if precision == "float32" else {"precision": precision}
         self._found: dict[tuple[str, str, Any, bool], Any] = {}
 
     def __repr__(self) -> str:
-        return f"<backend {self.name}{', strict' if self.strict else ''}>"
+        return f"<backend {self}>"
+
+    def __str__(self) -> str:
+        precision = "" if self.precision == "float32" else f", products in {self.precision}"
+        return f"{self.name}{', strict' if self.strict else ''}{precision}"
 
     def functions(self, operation: str, option: str, dtype: Any, gradient: bool = False) -> Any:
         """The module of the kernel that serves this key here.
@@ -210,7 +223,8 @@ class Backend:
             serving, options = remat.Remat(serving, remat_steps), {"keep_states": keep_states}
         out = serving.forward(
             cell, x, kernel, recurrent_kernel, bias, params, state, valid,
-            training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection, **options,
+            training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection, **self._precision,
+            **options,
         )  # fmt: skip
         return out._replace(residual=(serving, out.residual)) if training else out
 
@@ -243,7 +257,8 @@ class Backend:
         if together is None or any(c.get("remat_steps") is not None for c in calls):
             return [self.sequence_forward(**c) for c in calls]
         (serving,) = servings
-        outs = together([_split(c, _FORWARD, leave=("remat_steps", "keep_states")) for c in calls])
+        leave = ("remat_steps", "keep_states")
+        outs = together([_split({**c, **self._precision}, _FORWARD, leave) for c in calls])
         return [
             out._replace(residual=(serving, out.residual)) if c["training"] else out
             for c, out in zip(calls, outs, strict=True)
@@ -260,7 +275,7 @@ class Backend:
     # Products and lookups
     def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:
         """a (M, K) times b (K, N), plus bias (N,)."""
-        return self.functions("matmul", "*", a.dtype).matmul(a, b, bias=bias)
+        return self.functions("matmul", "*", a.dtype).matmul(a, b, bias=bias, **self._precision)
 
     def batched_matmul(self, a: Array, b: Array) -> Array:
         """a (..., M, K) times b (..., K, N), leading axes broadcast."""

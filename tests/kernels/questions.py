@@ -31,6 +31,7 @@ class Question:
     recurrent_mask: Any = None
     projection: Any = None
     dstates: Any = None
+    precision: str = "float32"
 
     def cast(self, dtype: str) -> Question:
         rest = (
@@ -42,11 +43,13 @@ class Question:
             self.projection,
             self.dstates,
         )
-        return Question(self.cell, *(_cast(a, dtype) for a in rest))
+        return Question(self.cell, *(_cast(a, dtype) for a in rest), self.precision)
 
     def forward(self, kernels: Any = sequence, *, training: bool) -> Any:
         """The sequence, by either module of kernels."""
         rest = {"aux": self.aux, "recurrent_mask": self.recurrent_mask, "projection": self.projection}
+        if self.precision != "float32":
+            rest["precision"] = self.precision
         return kernels.forward(self.cell, *self.arguments, training=training, **rest)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from numlstm.kernels.cpu import gemm, threads
 from numlstm.kernels.cpu.gemm import matmul
+from numlstm.kernels.rounding import operand
 
 SIZES = [
     (1, 1, 1), (3, 5, 2), (1, 300, 1000), (7, 1000, 1), (33, 100, 17), (500, 3, 500), (65, 700, 63),
@@ -41,6 +42,23 @@ def test_sizes_and_transposes(size, transposed: str, keep_threads: None, monkeyp
     assert_close(matmul(a, b), a, b)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+@pytest.mark.parametrize("small", [0, gemm.SMALL], ids=["kernel", "as it is"])
+def test_bfloat16(size, transposed: str, small: int, keep_threads: None, monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "ONE_THREAD_BELOW", 0)
+    monkeypatch.setattr(gemm, "SMALL", small)
+    M, K, N = size
+    a = draw(K, M).T if "a" in transposed else draw(M, K)
+    b = draw(N, K).T if "b" in transposed else draw(K, N)
+    bias, found = draw(N), []
+    for n in (1, 2, 3):
+        threads.set_num_threads(n)
+        found.append(matmul(a, b, bias=bias, precision="bfloat16"))
+    assert_close(found[0], operand(a, "bfloat16"), operand(b, "bfloat16"), bias)
+    assert all(np.array_equal(c, found[0]) for c in found)
+
+
 def misaligned(a: np.ndarray) -> np.ndarray:
     out = np.zeros(a.nbytes + 2, np.uint8)[2:].view(a.dtype).reshape(a.shape)
     out[...] = a
@@ -64,8 +82,10 @@ def test_layouts(lay) -> None:
     a, b, bias = draw(40, 70), draw(70, 37), draw(37)
     right = matmul(a, b, bias=bias)
     assert_close(right, a, b, bias)
+    rounded = matmul(a, b, precision="bfloat16")
     for left in (a, lay(a)):
         assert np.array_equal(matmul(left, lay(b), bias=bias), right)
+        assert np.array_equal(matmul(left, lay(b), precision="bfloat16"), rounded)
     assert np.array_equal(matmul(lay(a), b, bias=lay(bias[None])[0]), right)
 
 
@@ -80,6 +100,8 @@ def test_broadcast_operand() -> None:
 def test_empty(size) -> None:
     M, K, N = size
     c = matmul(np.zeros((M, K), "f"), np.zeros((K, N), "f"), bias=np.ones(N, "f"))
+    assert c.shape == (M, N) and np.all(c == 1)
+    c = matmul(np.zeros((M, K), "f"), np.zeros((K, N), "f"), bias=np.ones(N, "f"), precision="bfloat16")
     assert c.shape == (M, N) and np.all(c == 1)
 
 
@@ -115,3 +137,8 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
 def test_shapes_refused(a, b, bias, message) -> None:
     with pytest.raises(ValueError, match=message):
         matmul(draw(*a), draw(*b), bias=None if bias is None else draw(*bias))
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="precision: expected float32 or bfloat16, got 'int8'"):
+        matmul(draw(2, 3), draw(3, 2), precision="int8")
