@@ -80,13 +80,15 @@ def measure(call: Callable[[], Any], window: float = 0.06) -> Window:
     """Time `call` for about `window` seconds, at least three calls; a call of over 0.2 s is made only once.
 
     One call goes first, untimed: it wakes the threads and fetches the weights that the other contender's turn
-    pushed out of the caches. In a long call that is a small part, so it counts.
+    pushed out of the caches. In a long call that is a small part, so it counts. A call that works in another
+    process has an attribute `cpu_seconds`, a clock of the processor time that is its own.
     """
-    clocks = _Clocks()
+    own = getattr(call, "cpu_seconds", time.process_time)
+    clocks = _Clocks(own)
     call()
     if clocks.wall() > 0.2:
         return Window(clocks.wall(), 1, clocks.foreign())
-    clocks = _Clocks()
+    clocks = _Clocks(own)
     times: list[float] = []
     while len(times) < 3 or clocks.wall() < window:
         before = time.perf_counter()
@@ -98,8 +100,9 @@ def measure(call: Callable[[], Any], window: float = 0.06) -> Window:
 class _Clocks:
     """Time since it was made, and how much of it other processes had a core."""
 
-    def __init__(self) -> None:
-        self.busy, self.own, self.start = busy_seconds(), time.process_time(), time.perf_counter()
+    def __init__(self, own: Callable[[], float]) -> None:
+        self.clock = own
+        self.busy, self.own, self.start = busy_seconds(), own(), time.perf_counter()
 
     def wall(self) -> float:
         return time.perf_counter() - self.start
@@ -108,7 +111,7 @@ class _Clocks:
         if self.busy is None:
             return 0.0
         # /proc/stat counts ticks of 10 ms, so a short window sees other work coarsely: one tick is forgiven
-        others = (busy_seconds() or 0.0) - self.busy - (time.process_time() - self.own)
+        others = (busy_seconds() or 0.0) - self.busy - (self.clock() - self.own)
         return max(0.0, others - 0.01) / self.wall()
 
 
@@ -127,18 +130,26 @@ def settle(limit: float = 0.5, step: float = 0.01) -> None:
             return
 
 
+BEATEN = 1.4  # how many times the best rival's time shows that another won't be the best
+
+
 class Patience:
-    """How many seconds a run may wait, in all, for other processes to leave the machine."""
+    """How many seconds a run may wait, in all, for other processes to leave the machine; for one window, not so long
+    that a busy hour uses up at its beginning what later rows would need."""
+
+    WINDOW = 1.0
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def take(self, window: Callable[[], Window]) -> Window:
         """A window in which others used less than a tenth of a core, or the last one tried."""
-        while (found := window()).foreign > 0.1 and self.seconds > 0:
+        spent = 0.0
+        while (found := window()).foreign > 0.1 and spent < min(self.WINDOW, self.seconds):
             started = time.perf_counter()
             time.sleep(0.1)
-            self.seconds -= time.perf_counter() - started + found.seconds * found.calls
+            spent += time.perf_counter() - started + found.seconds * found.calls
+        self.seconds -= spent
         return found
 
 
@@ -149,24 +160,32 @@ def interleave(
     rounds: int = 7,
     least: int = 3,
     budget: float = 4.0,
+    rivals: Iterable[str] = (),
 ) -> tuple[dict[str, Samples], bool]:
     """Measure the contenders in turn, A B A B, and return their samples and whether the run was disturbed.
 
-    `rounds` at most, `least` at least, and no new round once `budget` seconds are spent.
+    `rounds` at most, `least` at least, and no new round once `budget` seconds are spent. Of `rivals` only the best
+    counts: one that takes BEATEN times the best one's time is spared the rounds that follow.
     """
     samples = {name: Samples() for name in contenders}
+    rivals = [name for name in rivals if name in contenders]
+    beaten: set[str] = set()
     started = time.perf_counter()
     for done in range(rounds):
         if done >= least and time.perf_counter() - started > budget:
             break
         for name, take in contenders.items():
-            samples[name].windows.append(patience.take(take))
+            if name not in beaten:
+                samples[name].windows.append(patience.take(take))
+        best = min((samples[name].seconds for name in rivals), default=0.0)
+        beaten.update(name for name in rivals if samples[name].seconds > BEATEN * best)
     return samples, any(w.foreign > 0.1 for s in samples.values() for w in s.windows)
 
 
 def ratios(ours: Samples, peer: Samples) -> list[float]:
-    """Our time over the peer's, round by round: neighbours in time share the machine's mood."""
-    return [a.seconds / b.seconds for a, b in zip(ours.windows, peer.windows, strict=True)]
+    """Our time over the peer's, round by round: neighbours in time share the machine's mood. A beaten peer has the
+    first rounds only."""
+    return [a.seconds / b.seconds for a, b in zip(ours.windows, peer.windows, strict=False)]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -176,7 +195,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 # --------------------------------------------------------------------------------------------- the machine
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16", "amx-int8", "neon", "sve")
-PACKAGES = ("numlstm", "numpy", "numba", "llvmlite", "torch", "keras", "jax")
+PACKAGES = ("numlstm", "numpy", "numba", "llvmlite", "torch", "onnxruntime", "keras", "jax")
 
 
 def version(package: str) -> str | None:
@@ -236,29 +255,45 @@ def machine() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- its ceilings
 
 
-def _lanes_and_chains() -> tuple[int, int]:
-    """float32 lanes of a vector register, and how many independent sums fill the units without spilling."""
+Shape = tuple[
+    int, int
+]  # float32 lanes of a vector, and how many independent sums fill the units without spilling
+
+
+def _widest() -> Shape:
     present = host_features()
     if "avx512f" in present:
         return 16, 24
-    return (8, 12) if "avx2" in present else (4, 24)
+    return AVX2 if "avx2" in present else (4, 24)
 
 
-def _fma_kernel() -> tuple[Callable[[int], float], int]:
-    """A compiled loop of nothing but fused multiply-adds on registers, and its flops per turn."""
+AVX2: Shape = (8, 12)
+
+
+def _fma_kernel(shape: Shape, bfloat16: bool = False) -> tuple[Callable[[int], float], int]:
+    """A compiled loop of nothing but fused multiply-adds on registers, and its flops per turn.
+
+    With `bfloat16` the instruction is AVX-512-BF16's vdpbf16ps: two products of bfloat16 added to each float32.
+    """
+    import llvmlite.binding as llvm
     from llvmlite import ir
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    lanes, chains = _lanes_and_chains()
+    llvm.initialize_native_asmparser()
+    lanes, chains = shape
     vector = ir.VectorType(ir.FloatType(), lanes)
+    kind = ir.FunctionType(vector, [vector] * 3)
 
     @intrinsic
     def multiply_add(typingctx: Any, turns: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.FunctionType(vector, [vector] * 3)
-            fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32")
+            if bfloat16:
+                # as assembly: llvmlite's IR builder has no such type; the accumulator is the third operand
+                fma = ir.InlineAsm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0")
+            else:
+                fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32")
             # the factor depends on an argument, so that nothing can be computed at compile time
             factor = builder.uitofp(builder.and_(args[0], ir.Constant(args[0].type, 1)), ir.FloatType())
             y = ir.Constant(vector, ir.Undefined)
@@ -270,7 +305,9 @@ def _fma_kernel() -> tuple[Callable[[int], float], int]:
             ]
             with cgutils.for_range(builder, args[0]):
                 for slot in sums:
-                    builder.store(builder.call(fma, [builder.load(slot), y, y]), slot)
+                    old = builder.load(slot)
+                    given = [y, y, old] if bfloat16 else [old, y, y]
+                    builder.store(builder.call(fma, given), slot)
             total = builder.load(sums[0])
             for slot in sums[1:]:
                 total = builder.fadd(total, builder.load(slot))
@@ -282,7 +319,7 @@ def _fma_kernel() -> tuple[Callable[[int], float], int]:
     def spin(turns: int) -> float:
         return multiply_add(turns)
 
-    return spin, 2 * lanes * chains
+    return spin, 2 * lanes * chains * (1 + bfloat16)
 
 
 def _read_kernel() -> Callable[[np.ndarray, int], float]:
@@ -301,41 +338,72 @@ def _read_kernel() -> Callable[[np.ndarray, int], float]:
     return read
 
 
+TRIES = 60  # short and many: some fall between the turns of other processes
+
+
 def _best_rate(work: Callable[..., Any], arguments: list[tuple[Any, ...]], amount: float) -> float:
     """`amount` per second with one thread per entry of `arguments`; the best of many, as it is a ceiling."""
+
+    def timed(given: tuple[Any, ...]) -> tuple[float, float]:
+        started = time.perf_counter()
+        work(*given)
+        return started, time.perf_counter()
+
     best = float("inf")
     with ThreadPoolExecutor(len(arguments)) as pool:
-        for _ in range(60):  # short and many: some fall between the turns of other processes
-            started = time.perf_counter()
-            for job in [pool.submit(work, *a) for a in arguments]:
-                job.result()
-            best = min(best, time.perf_counter() - started)
-            time.sleep(0.005)
+        for _ in range(TRIES):
+            starts, ends = zip(*pool.map(timed, arguments), strict=True)
+            best = min(best, max(ends) - min(starts))
+            time.sleep(0.003)
     return amount / best
 
 
-def peaks(threads: Iterable[int] = (1, 2)) -> dict[str, dict[str, float]]:
-    """Measured ceilings by thread count: `fma_gflops`, `cache_gbytes` (256 KiB a thread), `memory_gbytes`."""
-    spin, flops = _fma_kernel()
+READ_SIZES = (2**22, 2**24, 2**26)  # bytes; before them 256 KiB a thread, inside most second-level caches
+
+
+def peaks(threads: Iterable[int] = (1, 2)) -> dict[str, dict[str, Any]]:
+    """Measured ceilings by thread count.
+
+    `fma_gflops` of the widest vectors, `avx2_gflops` where there is AVX2, `bfloat16_gflops` where AVX-512-BF16 is the
+    fastest there is (no tiles), `read_gbytes` by how many bytes are read again and again, all threads together;
+    `cache_gbytes` and `memory_gbytes` are the first and the last of those.
+    """
+    present = host_features()
+    loops = {"fma_gflops": _fma_kernel(_widest())}
+    if "avx2" in present:
+        loops["avx2_gflops"] = _fma_kernel(AVX2)
+    if "avx512bf16" in present and "amx-bf16" not in present:
+        loops["bfloat16_gflops"] = _fma_kernel(_widest(), bfloat16=True)
     read = _read_kernel()
-    turns = 800_001
-    spin(1)
-    small, large = 2**16, 2**24  # float32 values: 256 KiB, inside most second-level caches, and 64 MiB
-    found: dict[str, dict[str, float]] = {}
+    for spin, _ in loops.values():
+        spin(1)
+    read(np.ones(64, np.float32), 1)
+    turns = 200_001
+    found: dict[str, dict[str, Any]] = {}
     for n in threads:
-        arrays = {size: [np.ones(size, np.float32) for _ in range(n)] for size in (small, large)}
-        read(arrays[small][0], 1)
-        found[str(n)] = {
-            "fma_gflops": _best_rate(spin, [(turns,)] * n, n * turns * flops) / 1e9,
-            "cache_gbytes": _best_rate(read, [(a, 100) for a in arrays[small]], n * small * 400) / 1e9,
-            "memory_gbytes": _best_rate(read, [(a, 1) for a in arrays[large]], n * large * 4) / 1e9,
+        mine: dict[str, Any] = {
+            name: _best_rate(spin, [(turns,)] * n, n * turns * flops) / 1e9
+            for name, (spin, flops) in loops.items()
         }
+        rates = {}
+        for size in (n * 2**18, *READ_SIZES):
+            times = max(1, 2**24 // size)
+            arrays = [(np.ones(size // 4 // n, np.float32), times) for _ in range(n)]
+            rates[str(size)] = _best_rate(read, arrays, times * size) / 1e9
+        known = list(rates.values())
+        found[str(n)] = mine | {"read_gbytes": rates, "cache_gbytes": known[0], "memory_gbytes": known[-1]}
     return found
 
 
-def higher(a: dict[str, dict[str, float]], b: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def read_rate(ceiling: dict[str, Any], size: float) -> float:
+    """GB/s at which so many bytes are read again and again: that of the next larger size measured."""
+    rates = {int(bytes_): rate for bytes_, rate in ceiling["read_gbytes"].items()}
+    return rates[min((s for s in rates if s >= size), default=max(rates))]
+
+
+def higher(a: Any, b: Any) -> Any:
     """The higher of two measurements of the ceilings, figure by figure."""
-    return {n: {name: max(value, b[n][name]) for name, value in found.items()} for n, found in a.items()}
+    return {name: higher(value, b[name]) for name, value in a.items()} if isinstance(a, dict) else max(a, b)
 
 
 # ------------------------------------------------------------------------------------------- the results
@@ -363,57 +431,29 @@ def write_json(path: Path, report: dict[str, Any]) -> Path:
     return path
 
 
-def ratio_picture(
-    path: Path, rows: list[dict[str, Any]], modes: Sequence[str], title: str, footnote: str = ""
-) -> Path:
-    """One panel a mode: our time over the peer's (log scale) for each shape, a dot per cell and thread count.
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """What prints a line at once, or nothing when stdout belongs to the report."""
+    return (lambda text: None) if quiet else (lambda text: print(text, flush=True))
 
-    Each row holds `label`, `mode`, `series`, `ratio` and `noisy`. Left of the line at 1 we are faster; rows
-    that other processes disturbed are drawn hollow.
+
+def deliver(
+    name: str,
+    report: dict[str, Any],
+    picture: Callable[[dict[str, Any], Path], Path],
+    *,
+    whole: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """How a script ends: the report on stdout if asked for, NAME.json and, where matplotlib is installed, NAME.png.
+
+    They go to `out`, else to the results' folder if the run was `whole`: a run with other settings must not replace
+    the set ones' files unless it is told where to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    labels = list(dict.fromkeys(r["label"] for r in rows))
-    series = sorted({r["series"] for r in rows})
-    height = 1.6 + 0.28 * len(labels)
-    figure, panels = plt.subplots(
-        1, len(modes), figsize=(5.2 * len(modes), height), sharey=True, squeeze=False
-    )
-    for panel, mode in zip(panels[0], modes, strict=True):
-        for number, name in enumerate(series):
-            points = [r for r in rows if r["mode"] == mode and r["series"] == name]
-            offset = 0.12 * (number - (len(series) - 1) / 2)
-            for noisy in (False, True):
-                shown = [r for r in points if r["noisy"] == noisy]
-                panel.plot(
-                    [r["ratio"] for r in shown],
-                    [labels.index(r["label"]) + offset for r in shown],
-                    "os^v"[number % 4],
-                    color=f"C{number}",
-                    markersize=5,
-                    fillstyle="none" if noisy else "full",
-                    label=None if noisy else name,
-                )
-        panel.axvline(1.0, color="black", linewidth=1)
-        panel.set_xscale("log")
-        panel.set_xticks([0.1, 0.2, 0.5, 1, 2, 5])
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.grid(axis="both", alpha=0.3)
-        panel.set_title(mode)
-        panel.set_xlabel("our time / PyTorch's (left of 1: faster)")
-    panels[0][0].set_yticks(range(len(labels)), labels)
-    panels[0][0].invert_yaxis()
-    panels[0][0].set_ylabel("time, batch, input, hidden")
-    panels[0][-1].legend(fontsize=8, loc="best")
-    figure.suptitle(title)
-    figure.text(0.01, 0.005, footnote, fontsize=7)
-    figure.tight_layout(rect=(0, 0.015, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    if as_json:
+        print(json.dumps(plain(report), indent=1))
+    if folder := out or (RESULTS if whole else None):
+        wrote = [write_json(folder / f"{name}.json", report)]
+        if version("matplotlib"):
+            wrote.append(picture(report, folder / f"{name}.png"))
+        speaker(as_json)("wrote " + ", ".join(map(str, wrote)))

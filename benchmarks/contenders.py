@@ -1,31 +1,39 @@
-"""What each side of the CPU comparison runs, and the process it runs in.
+"""What is timed on the CPU, the numbers that go in, and our side of it; `peers.py` has the others.
 
-Each contender lives in a process of its own, started once, told over a pipe what to time, silent in between:
-no shared allocator, no shared OpenMP runtime, and `settle()` before the answer makes sure that none of its
-threads spins on into the other's turn. A case is (cell, mode, T, B, I, H): one recurrent layer over a
-sequence, all outputs returned. Both sides get the same numbers and hand back a part of their result, so that
-a wrong kernel can't win. Each side gets its own natural order of axes: PyTorch (T, B, I), numlstm (B, T, I).
+A case is a stack of recurrent layers at a shape, in a mode and a precision. All sides get the same numbers and hand
+back a part of their result, so that a wrong kernel can't win. Each gets its own natural order of axes and gates.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Window, measure, settle
+from benchmarks.process import Prepared, Unavailable
 
-GATES = {"lstm": 4, "rnn": 1}
-MODES = ("inference", "training", "adam step")
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+MODES = ("inference", "training", "stream")
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
+LEARNING_RATE, EPSILON = 1e-3, 1e-10
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time. `mode`: "inference", "training" (forward and backward) or "adam step" (a whole
-    training step of the layer and Dense(1): loss, gradients, update, loss value read back)."""
+    """One thing to time.
+
+    Attributes:
+        cell: "lstm", "gru" (the reset gate after the recurrent product) or "rnn" (tanh).
+        mode: "inference" (a sequence, all outputs returned), "training" (a whole step of the layers and Dense(1) on
+            the last output: loss, gradients, Adam's update, loss value read back) or "stream" (one time step, the
+            states carried).
+        T, B, I, H: time, batch, input, hidden.
+        layers: how many, one on the other. both: in both directions.
+        precision: "float32", "bfloat16" or "int8" (weights, inference only).
+    """
 
     cell: str
     mode: str
@@ -33,29 +41,50 @@ class Case:
     B: int
     I: int
     H: int
+    layers: int = 1
+    both: bool = False
+    precision: str = "float32"
 
     @property
     def label(self) -> str:
-        return f"{self.T},{self.B},{self.I},{self.H}"
+        several = f" x{self.layers}" if self.layers > 1 else ""
+        return f"{self.T},{self.B},{self.I},{self.H}{several}{' bi' if self.both else ''}"
+
+    @property
+    def inputs(self) -> list[int]:
+        """The width of each layer's input."""
+        return [self.I] + [self.H * (1 + self.both)] * (self.layers - 1)
 
     @property
     def flops(self) -> float:
-        """Multiply-adds of the products, times two; a training step counts three products for one."""
-        forward = 2 * self.T * self.B * GATES[self.cell] * self.H * (self.I + self.H)
-        return forward * (1 if self.mode == "inference" else 3)
+        """Multiply-adds of the products, times two. A training step counts three products for one, but needs no
+        gradient of the first layer's input."""
+        each = 2 * self.T * self.B * GATES[self.cell] * self.H * (1 + self.both)
+        forward = each * sum(width + self.H for width in self.inputs)
+        return forward if self.mode != "training" else 3 * forward - each * self.I
+
+    @property
+    def weight_bytes(self) -> float:
+        """Size of one recurrent matrix, which every step reads."""
+        return GATES[self.cell] * self.H * self.H * BYTES[self.precision]
+
+    @property
+    def traffic(self) -> float:
+        """Bytes of recurrent weights that a call reads if nothing stays in registers: each step once, in training
+        once more on the way back."""
+        passes = 2 if self.mode == "training" else 1
+        return passes * self.T * self.layers * (1 + self.both) * self.weight_bytes
 
 
 @dataclass
 class Numbers:
-    """The case's input (B, T, I), weights in Keras' layout, upstream gradient (B, T, H), targets (B, 1)."""
+    """Input (B, T, I), targets (B, 1), the weights of Dense(1), and of each layer and direction in turn kernel,
+    recurrent kernel and bias, in PyTorch's and our order of gates: LSTM i f g o, GRU r z n."""
 
     x: np.ndarray
-    kernel: np.ndarray
-    recurrent: np.ndarray
-    bias: np.ndarray
-    dy: np.ndarray
-    dense: np.ndarray
     target: np.ndarray
+    dense: np.ndarray
+    layers: list[list[np.ndarray]]
 
 
 def numbers(case: Case) -> Numbers:
@@ -65,156 +94,110 @@ def numbers(case: Case) -> Numbers:
     def uniform(*shape: int) -> np.ndarray:
         return draw.uniform(-scale, scale, shape).astype(np.float32)
 
-    def normal(*shape: int) -> np.ndarray:
-        return draw.standard_normal(shape, np.float32)
-
+    # a GRU has one bias for the input's part and one for the recurrent part
+    bias = (2, width) if case.cell == "gru" else (width,)
+    layers = [
+        [uniform(n, width), uniform(case.H, width), uniform(*bias)]
+        for n in case.inputs
+        for _ in range(1 + case.both)
+    ]
     return Numbers(
-        normal(case.B, case.T, case.I),
-        uniform(case.I, width),
-        uniform(case.H, width),
-        uniform(width),
-        normal(case.B, case.T, case.H) / np.float32(case.T * case.B),
-        uniform(case.H, 1),
-        normal(case.B, 1),
+        draw.standard_normal((case.B, case.T, case.I), np.float32),
+        draw.standard_normal((case.B, 1), np.float32),
+        uniform(case.H * (1 + case.both), 1),
+        layers,
     )
 
 
-# a contender's case: what to time, and a part of its result for the comparison
-Prepared = tuple[Callable[[], Any], Callable[[], np.ndarray]]
+def reordered(case: Case, weights: list[np.ndarray], order: str) -> list[np.ndarray]:
+    """A layer's arrays with the gates, last axis, in another order: "zrh" for a GRU, "iofc" for an LSTM."""
+    mine = {"lstm": "ifco", "gru": "rzh", "rnn": "h"}[case.cell]
+    if len(order) != len(mine):
+        raise ValueError(f"order: expected {len(mine)} gates of {mine}, got {order!r}")
+    columns = np.concatenate([np.arange(case.H) + mine.index(gate) * case.H for gate in order])
+    return [np.ascontiguousarray(w[..., columns]) for w in weights]
 
 
-def ours(case: Case, threads: int) -> Prepared:
-    """numlstm through its public layers, as a user's program runs it."""
+def losses(step: Callable[[], float]) -> Callable[[], np.ndarray]:
+    """Two steps' losses: the second tells whether gradients and updates are right."""
+    return lambda: np.array([step() for _ in range(2)])
+
+
+# ------------------------------------------------------------------------------------------------- ours
+
+
+def our_model(case: Case, n: Numbers) -> Any:
+    """The case as a Sequential with its weights."""
     import numlstm as nl
-    from numlstm.kernels.cpu.threads import set_num_threads
 
-    set_num_threads(threads)
+    kind = {"lstm": nl.LSTM, "gru": nl.GRU, "rnn": nl.SimpleRNN}[case.cell]
+    training = case.mode == "training"
+    model = nl.Sequential()
+    for k in range(case.layers):
+        # what is streamed or returned whole keeps its time axis; Dense(1) takes the last output
+        layer = kind(case.H, return_sequences=not training or k < case.layers - 1)
+        model.add(nl.Bidirectional(layer) if case.both else layer)
+    weights = [w for layer in n.layers for w in layer]
+    if training:
+        model.add(nl.Dense(1))
+        weights += [n.dense, np.zeros(1, np.float32)]
+    model.build((None, case.T, case.I))
+    model.set_weights(weights)
+    return model
+
+
+def ours(case: Case) -> Prepared:
+    """numlstm through its public layers and models, as a user's program runs it."""
+    import numlstm as nl
+
     n = numbers(case)
-    kind = {"lstm": nl.LSTM, "rnn": nl.SimpleRNN}[case.cell]
-    if case.mode == "adam step":
-        model = nl.Sequential([kind(case.H, input_shape=(case.T, case.I)), nl.Dense(1)])
-        model.compile(optimizer="adam", loss="mse")
-        model.set_weights([n.kernel, n.recurrent, n.bias, n.dense, np.zeros(1, np.float32)])
-        first = float(np.asarray(model.train_on_batch(n.x, n.target)).ravel()[0])
-        return lambda: model.train_on_batch(n.x, n.target), lambda: np.array([first])
-    layer = kind(case.H, return_sequences=True, input_shape=(case.T, case.I))
-    layer.build((None, case.T, case.I))
-    layer.set_weights([n.kernel, n.recurrent, n.bias])
-    if case.mode == "inference":
-        return lambda: layer(n.x), lambda: np.asarray(layer(n.x).numpy())[:, -1]
-    x = nl.Variable(n.x)
-    sources = [x, *layer.trainable_weights]
-
-    def step() -> list[Any]:
-        with nl.GradientTape() as tape:
-            y = layer(x, training=True)
-        return tape.gradient(y, sources, output_gradient=n.dy)
-
-    return step, lambda: np.asarray(step()[2])
-
-
-def torch(case: Case, threads: int) -> Prepared:
-    """PyTorch's own layer, time-major (its fastest order), in inference mode where no gradient is asked."""
-    import torch as pt
-
-    pt.set_num_threads(threads)
-    n = numbers(case)
-    layer = {"lstm": pt.nn.LSTM, "rnn": pt.nn.RNN}[case.cell](case.I, case.H)
-    with pt.no_grad():
-        layer.weight_ih_l0.copy_(pt.from_numpy(n.kernel.T.copy()))
-        layer.weight_hh_l0.copy_(pt.from_numpy(n.recurrent.T.copy()))
-        layer.bias_ih_l0.copy_(pt.from_numpy(n.bias))
-        layer.bias_hh_l0.zero_()
-    x = pt.from_numpy(n.x.transpose(1, 0, 2).copy())
-    if case.mode == "adam step":
-        dense = pt.nn.Linear(case.H, 1)
-        with pt.no_grad():
-            dense.weight.copy_(pt.from_numpy(n.dense.T.copy()))
-            dense.bias.zero_()
-        parameters = [*layer.parameters(), *dense.parameters()]
-        optimizer = pt.optim.Adam(parameters, lr=1e-3, eps=1e-7)
-        target = pt.from_numpy(n.target)
-
-        def update() -> float:
-            optimizer.zero_grad()
-            loss = pt.nn.functional.mse_loss(dense(layer(x)[0][-1]), target)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        first = update()
-        return update, lambda: np.array([first])
-    if case.mode == "inference":
-        layer.eval()
+    model = our_model(case, n)
+    if case.precision == "bfloat16" or case.mode == "training":
+        optimizer = nl.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON)
+        try:
+            model.compile(optimizer, "mse", precision=case.precision)
+        except ValueError as error:
+            if case.precision == "bfloat16" and "not available" in str(error):
+                raise Unavailable(str(error)) from None
+            raise
+    if case.precision == "int8":
+        if not hasattr(model, "quantize"):
+            raise Unavailable("model.quantize is not there yet")
+        model = model.quantize("int8")
+    if case.mode == "training":
+        step = lambda: float(model.train_on_batch(n.x, n.target))
+        return Prepared(step, losses(step))
+    if case.mode == "stream":
+        stream, x = model.stream(case.B), n.x[:, 0].copy()
+        return Prepared(lambda: stream.step(x), lambda: several_steps(lambda: stream.step(x), stream.reset))
+    # a layer is called as such, here as with the peers
+    called = model.layers[0] if len(model.layers) == 1 else model
+    if case.precision != "bfloat16":
+        infer = lambda: called(n.x)
+    elif "precision" in inspect.signature(nl.use_backend).parameters:
 
         def infer() -> Any:
-            with pt.inference_mode():
-                return layer(x)[0]
+            with nl.use_backend(None, precision="bfloat16"):
+                return called(n.x)
 
-        return infer, lambda: infer()[-1].numpy()
-    x.requires_grad_(True)
-    dy = pt.from_numpy(n.dy.transpose(1, 0, 2).copy())
-
-    def step() -> Any:
-        layer.zero_grad()
-        x.grad = None
-        layer(x)[0].backward(dy)
-        return layer.weight_hh_l0.grad
-
-    return step, lambda: step().numpy().T
+    else:
+        infer = lambda: nl.Tensor(model.predict_on_batch(n.x))  # the one way in which the precision holds
+    return Prepared(infer, lambda: infer().numpy()[:, -1])
 
 
-SIDES = {"ours": ours, "torch": torch}
-
-# --------------------------------------------------------------------------------------- the process
-
-
-def serve(pipe: Any, side: str, threads: int) -> None:
-    """Answer ("prepare", case) with a part of the result, ("measure", seconds) with a Window, until None."""
-    call: Callable[[], Any] = lambda: None
-    while (message := pipe.recv()) is not None:
-        what, value = message
-        try:
-            if what == "prepare":
-                call, result = SIDES[side](value, threads)
-                answer: Any = np.array(result())  # the first call compiles; it is never timed
-                call()
-            else:
-                answer = measure(call, value)
-            settle()
-        except Exception as error:
-            answer = RuntimeError(f"{side}: {type(error).__name__}: {error}")
-        pipe.send(answer)
+def several_steps(step: Callable[[], Any], reset: Callable[[], Any]) -> np.ndarray:
+    """The output (B, H) after four streamed steps from zero states."""
+    reset()
+    for _ in range(4):
+        y = step()
+    return np.asarray(y, np.float32)
 
 
-class Worker:
-    """A contender's process. Use it as a context manager; `prepare` a case, then `take` windows."""
-
-    def __init__(self, side: str, threads: int, window: float = 0.06) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.window = window
-        self.process = context.Process(target=serve, args=(theirs, side, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.is_alive():
-            self.pipe.send(None)
-        self.process.join(10)
-
-    def _ask(self, what: str, value: Any) -> Any:
-        self.pipe.send((what, value))
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def prepare(self, case: Case) -> np.ndarray:
-        return self._ask("prepare", case)
-
-    def take(self) -> Window:
-        return self._ask("measure", self.window)
+def ours_kernel(case: Case) -> Prepared:
+    """The native call below `stream.step`, without the check of the input and the copies in and out."""
+    n = numbers(case)
+    stream, x = our_model(case, n).stream(case.B), n.x[:, 0].copy()
+    stack = getattr(stream, "_whole", None)  # not public: nobody but this comparison needs it by itself
+    if stack is None:
+        raise Unavailable("this stream's layers are not one native call")
+    return Prepared(stack.run, lambda: several_steps(lambda: stream.step(x), stream.reset))

@@ -15,10 +15,7 @@ Results go to `benchmarks/results/options.json` and `options.png`; a partial run
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -32,6 +29,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.cpu import agreement, paced, shape_list, thread_list
+from benchmarks.peers import KERAS
+from benchmarks.process import Prepared, Side
 
 SHAPES = [(100, 32, 64, 128), (50, 64, 32, 256), (200, 1, 32, 64)]
 WAIT = 90.0  # seconds that the whole run may lose waiting for other processes
@@ -190,10 +189,6 @@ def constructor(option: Option, shape: tuple[int, int, int, int]) -> dict[str, A
     return {k: meant[v] if isinstance(v, str) and v in meant else v for k, v in option.options}
 
 
-# one contender: what to time, and a part of its result for the comparison
-Prepared = tuple[Callable[[], Any], Callable[[], np.ndarray]]
-
-
 def ours(question: Question) -> Prepared:
     """numlstm through its public layers."""
     import numlstm as nl
@@ -229,7 +224,7 @@ def ours(question: Question) -> Prepared:
 
     if question.mode == "inference":
         x = nl.Tensor(n.x)
-        return lambda: outputs(False), lambda: outputs(False)[0].numpy()[:, -1]
+        return Prepared(lambda: outputs(False), lambda: outputs(False)[0].numpy()[:, -1])
     x = nl.Variable(n.x)
     sources = [x, *layer.trainable_weights, *call.get("initial_state", ())]
     upstream = [gradient(k, y.shape) for k, y in enumerate(outputs(True))]
@@ -240,7 +235,7 @@ def ours(question: Question) -> Prepared:
             (loss,) = apply_joint((np.zeros((), np.float32),), outputs(True), lambda _: upstream)
         return tape.gradient(loss, sources)
 
-    return step, lambda: np.asarray(step()[0])[:, 0]
+    return Prepared(step, lambda: np.asarray(step()[0])[:, 0])
 
 
 def minimal_gated_unit() -> Any:
@@ -286,7 +281,7 @@ def keras(question: Question) -> Prepared:
     if question.mode == "inference":
         infer = jax.jit(lambda weights, x, states: outputs(weights, x, states, False)[0])
         run = lambda: jax.block_until_ready(infer(weights, x, states))
-        return run, lambda: np.asarray(run()[0])[:, -1]
+        return Prepared(run, lambda: np.asarray(run()[0])[:, -1])
     shapes = jax.eval_shape(lambda: outputs(weights, x, states, True)[0])
     upstream = [jax.numpy.asarray(gradient(i, s.shape)) for i, s in enumerate(shapes)]
 
@@ -297,7 +292,7 @@ def keras(question: Question) -> Prepared:
 
     compiled = jax.jit(backward)
     step = lambda: jax.block_until_ready(compiled(weights, x, states, upstream))
-    return step, lambda: np.asarray(step()[0][1])[:, 0]
+    return Prepared(step, lambda: np.asarray(step()[0][1])[:, 0])
 
 
 def gradient(number: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -305,74 +300,7 @@ def gradient(number: int, shape: tuple[int, ...]) -> np.ndarray:
     return (np.random.default_rng(1 + number).standard_normal(shape) / shape[0]).astype(np.float32)
 
 
-# -------------------------------------------------------------------------------------- the processes
-
 SIDES = {"ours": ours, "keras": keras}
-
-
-def serve(pipe: Any, side: str, threads: int) -> None:
-    """Answer ("prepare", (key, question)) with a part of the result, ("measure", (key, seconds)) with a Window,
-    ("forget", None) by freeing everything, until None."""
-    if hasattr(os, "sched_setaffinity"):  # JAX has no other way to be held to so many cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    if side == "ours":
-        from numlstm.kernels.cpu.threads import set_num_threads
-
-        set_num_threads(threads)
-    else:
-        os.environ["KERAS_BACKEND"] = "jax"
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    calls: dict[str, Callable[[], Any]] = {}
-    while (message := pipe.recv()) is not None:
-        what, value = message
-        try:
-            answer: Any = None
-            if what == "prepare":
-                key, question = value
-                call, result = SIDES[side](question)
-                answer = np.array(result())  # the first call compiles; it is never timed
-                call()
-                calls[key] = call
-            elif what == "measure":
-                key, seconds = value
-                answer = common.measure(calls[key], seconds)
-            else:
-                calls.clear()
-            common.settle()
-        except Exception as error:
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        pipe.send(answer)
-
-
-class Side:
-    """A side's process, which keeps several calls ready. Use it as a context manager."""
-
-    def __init__(self, side: str, threads: int, window: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.window = window
-        self.process = context.Process(target=serve, args=(theirs, side, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def __enter__(self) -> Side:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.is_alive():
-            self.pipe.send(None)
-        self.process.join(10)
-
-    def ask(self, what: str, value: Any = None) -> Any:
-        self.pipe.send((what, value))
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def turn(self, key: str) -> Callable[[], common.Window]:
-        return lambda: self.ask("measure", (key, self.window))
-
 
 # -------------------------------------------------------------------------------------------- the rows
 
@@ -402,9 +330,8 @@ def row(
         for part, kind in (("plain", base), ("option", option)):
             key = kind.title
             if key not in ready[side]:
-                ready[side][key] = sides[side].ask(
-                    "prepare", (key, Question(kind, question.mode, question.shape))
-                )
+                question_of = Question(kind, question.mode, question.shape)
+                ready[side][key] = sides[side].prepare(key, question_of)
             turns[f"{side} {part}"] = sides[side].turn(key)
     found: dict[str, Any] = {
         "layer": option.layer,
@@ -539,13 +466,18 @@ def run(
     patience = common.Patience(WAIT)
     with ExitStack() as stack:
         names = ["ours", *(["keras"] if with_keras else [])]
-        sides = {name: stack.enter_context(Side(name, threads, window)) for name in names}
+        sides = {
+            name: stack.enter_context(
+                Side(name, SIDES[name], threads, window, KERAS if name == "keras" else None)
+            )
+            for name in names
+        }
         ready: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
         place: Any = None
         for question in todo:
             if place != (place := (question.shape, question.mode)):
                 for name, side in sides.items():
-                    side.ask("forget")
+                    side.forget()
                     ready[name].clear()
             left = LIMIT - (time.perf_counter() - started)
             pace = paced(settings, left / (len(todo) - len(rows)))
@@ -634,7 +566,7 @@ def picture(report: dict[str, Any], path: Path) -> Path:
         ],
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
-    return pictures.save(figure, path, report["machine"])
+    return pictures.save(figure, path, report["machine"], (*pictures.OWN, "keras", "jax"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -665,18 +597,11 @@ def main(argv: list[str] | None = None) -> int:
     settings: dict[str, Any] = {"rounds": 7, "least": 3, "budget": 2.0}
     if options.quick:
         settings = {"rounds": 3, "least": 3, "budget": 1.0}
-    say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
+    say = common.speaker(options.json)
     shapes = options.shapes or (SHAPES[:1] if options.quick else SHAPES)
     threads = options.threads[0] if options.threads else common.cores()
     report = run(chosen, shapes, threads, with_keras, 0.02 if options.quick else 0.05, settings, say)
-    if options.json:
-        print(json.dumps(common.plain(report), indent=1))
-    # a partial run must not replace the full one's files unless it is told where to write
-    if folder := options.out or (None if partial else common.RESULTS):
-        wrote = [common.write_json(folder / "options.json", report)]
-        if common.version("matplotlib"):
-            wrote.append(picture(report, folder / "options.png"))
-        say("wrote " + ", ".join(map(str, wrote)))
+    common.deliver("options", report, picture, whole=not partial, out=options.out, as_json=options.json)
     return int(any("error" in r for r in report["rows"]))
 
 

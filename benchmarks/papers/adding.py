@@ -17,7 +17,6 @@ to stop is decided on 512 others, on neither training nor test sequences.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -226,21 +225,15 @@ def main(argv: list[str] | None = None) -> int:
         )
     if recipe.steps < recipe.every:
         parser.error(f"--steps: expected at least --every, {recipe.every}, got {recipe.steps}")
-    say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
+    say = common.speaker(options.json)
     display = progress(0 if options.json else "auto", quiet_off_terminal=True)
     cells = ("lstm", "elman") if options.cells == "both" else (options.cells,)
     try:
         report = run(recipe, cells, display, say)
     finally:
         display.close()
-    if options.json:
-        print(json.dumps(common.plain(report), indent=1))
-    # other settings must not replace the set ones' files unless they are told where to write
-    if folder := options.out or (common.RESULTS if recipe == default and options.cells == "both" else None):
-        wrote = [common.write_json(folder / "adding.json", report)]
-        if pictures.drawable():
-            wrote.append(picture(report, folder / "adding.png"))
-        say("wrote " + ", ".join(map(str, wrote)))
+    whole = recipe == default and options.cells == "both"
+    common.deliver("adding", report, picture, whole=whole, out=options.out, as_json=options.json)
     return 0
 
 

@@ -11,7 +11,6 @@ double precision, as float32 ends at 1e-45. The norm at each step is given relat
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -126,16 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {name: getattr(options, name) for name in settings}
     if min(chosen.values()) < 1 or options.steps < 4:
         parser.error("expected sizes of at least 1 and at least 4 --steps")
-    say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
+    say = common.speaker(options.json)
     report = run(**chosen, say=say)
-    if options.json:
-        print(json.dumps(common.plain(report), indent=1))
-    # other settings must not replace the set ones' files unless they are told where to write
-    if folder := options.out or (common.RESULTS if chosen == settings else None):
-        wrote = [common.write_json(folder / "gradient-by-step.json", report)]
-        if pictures.drawable():
-            wrote.append(picture(report, folder / "gradient-by-step.png"))
-        say("wrote " + ", ".join(map(str, wrote)))
+    whole = chosen == settings
+    common.deliver("gradient-by-step", report, picture, whole=whole, out=options.out, as_json=options.json)
     return 0
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
 from numlstm.data import plots
 
 # Okabe and Ito's palette, told apart by people with every kind of colour vision
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#888888"
+
+OWN = ("numlstm", "numpy", "numba", "llvmlite")  # what every script runs on
 
 
 def panels(count: int, width: float = 8.0, height: float = 4.6) -> tuple[Any, list[Any]]:
@@ -24,16 +26,11 @@ def panels(count: int, width: float = 8.0, height: float = 4.6) -> tuple[Any, li
     return figure, axes
 
 
-def save(figure: Any, path: Path, about: dict[str, Any]) -> Path:
-    """Write the figure, with the machine and the versions in small print below."""
-    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items() if name != "torch")
+def save(figure: Any, path: Path, about: dict[str, Any], packages: Sequence[str] = OWN) -> Path:
+    """Write the figure, with the machine and the versions of the packages that had a part in small print below."""
+    named = ", ".join(f"{name} {about['packages'][name]}" for name in packages if name in about["packages"])
     figure.supxlabel(
-        f"{about['cpu']}, {about['cores']} cores; {packages}; {about['date']}", fontsize=6, color=GREY
+        f"{about['cpu']}, {about['cores']} cores; {named}; {about['date']}", fontsize=6, color=GREY
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return plots.save(figure, path)
-
-
-def drawable() -> bool:
-    """Whether matplotlib is there."""
-    return common.version("matplotlib") is not None

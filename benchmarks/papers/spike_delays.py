@@ -20,7 +20,6 @@ side.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -249,21 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [getattr(recipe, name) for name in Recipe.__dataclass_fields__]
     if min(sizes) <= 0 or recipe.steps < recipe.every:
         parser.error("expected sizes above 0, and at least as many --steps as --every")
-    say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
+    say = common.speaker(options.json)
     display = progress(0 if options.json else "auto", quiet_off_terminal=True)
     try:
         report = run(recipe, options.tasks, display, say)
     finally:
         display.close()
-    if options.json:
-        print(json.dumps(common.plain(report), indent=1))
-    # other settings must not replace the set ones' files unless they are told where to write
-    usual = recipe == default and options.tasks == TASKS
-    if folder := options.out or (common.RESULTS if usual else None):
-        wrote = [common.write_json(folder / "spike-delays.json", report)]
-        if pictures.drawable():
-            wrote.append(picture(report, folder / "spike-delays.png"))
-        say("wrote " + ", ".join(map(str, wrote)))
+    whole = recipe == default and options.tasks == TASKS
+    common.deliver("spike-delays", report, picture, whole=whole, out=options.out, as_json=options.json)
     return 0
 
 
