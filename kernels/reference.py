@@ -114,7 +114,7 @@ def forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
     check_precision(precision)
-    dtype = np.result_type(x, kernel, recurrent_kernel)
+    dtype = np.result_type(x.dtype, kernel.dtype, recurrent_kernel.dtype)
     x, kernel, recurrent_kernel = (operand(a, precision) for a in (x, kernel, recurrent_kernel))
     projection = None if projection is None else operand(projection, precision)
     weights = _Weights(cell, recurrent_kernel, projection, H)

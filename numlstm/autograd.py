@@ -16,7 +16,18 @@ from typing import Any, Union
 
 import numpy as np
 
-__all__ = ["GradientTape", "Tensor", "Variable", "apply", "apply_joint", "is_recording", "needs_gradient"]
+from numlstm.kernels.int8 import LEVELS, Quantized
+
+__all__ = [
+    "GradientTape",
+    "QuantizedVariable",
+    "Tensor",
+    "Variable",
+    "apply",
+    "apply_joint",
+    "is_recording",
+    "needs_gradient",
+]
 
 Array = Any  # a NumPy array, or the like of it on a device
 VJP = Callable[[Array], Array]
@@ -326,6 +337,54 @@ class Variable(Tensor):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, name={self.name!r})"
+
+
+class QuantizedVariable(Variable):
+    """A weight (K, N) in int8 with a float32 scale a column, for inference: `ops.linear` and `ops.recurrent` multiply by it.
+
+    Its values are the whole numbers; the scales are another variable, `scale`. Neither is trained.
+
+    Arguments:
+        matrix: what it begins with.
+        name: how summaries and files call it; the scales are called `<name>_scale`.
+
+    >>> w = QuantizedVariable(Quantized.of(np.ones((2, 3), np.float32)), "kernel")
+    >>> w.dtype.name, w.scale.name, w.matrix.dequantized().tolist()
+    ('int8', 'kernel_scale', [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    """
+
+    __slots__ = ("_matrix", "scale")
+
+    def __init__(self, matrix: Quantized, name: str) -> None:
+        super().__init__(matrix.values, name=name, trainable=False)
+        self.scale = _Scale(matrix.scale, name=f"{name}_scale", trainable=False)
+        self.scale.owner = self
+        self._matrix: Quantized | None = None
+
+    @property
+    def matrix(self) -> Quantized:
+        """Values and scales together, with what kernels have made of them; good until either is assigned."""
+        if self._matrix is None:
+            self._matrix = Quantized(self.data, self.scale.data)
+        return self._matrix
+
+    def assign(self, value: TensorLike) -> None:
+        """Write new whole numbers in place. Raises ValueError as `Variable` does, and for a value of -128."""
+        if np.min(_as_array(value, None), initial=0) < -LEVELS:
+            raise ValueError(f"{self.name}: expected values from -{LEVELS} to {LEVELS}, got -128")
+        super().assign(value)
+        self._matrix = None
+
+
+class _Scale(Variable):
+    """The scales of a `QuantizedVariable`, its owner."""
+
+    __slots__ = ("owner",)
+
+    def assign(self, value: TensorLike) -> None:
+        """Write new values in place; the owner's matrix is made anew."""
+        super().assign(value)
+        self.owner._matrix = None
 
 
 class _Node:

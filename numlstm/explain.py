@@ -10,6 +10,7 @@ from typing import Any
 
 from numlstm.backend import Backend, lookup, use_backend
 from numlstm.layers.base import Layer
+from numlstm.quantization import is_quantized
 
 __all__ = ["explain"]
 
@@ -62,6 +63,9 @@ def _asks(layer: Layer) -> bool:
 def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
     base = {"layer": path or layer.name, "type": type(layer).__name__, "dtype": layer.dtype}
     asked, device = layer.operations(), serving.device
+    if quantized := is_quantized(layer):
+        base["dtype"] = "int8"
+        asked = [(f"quantized_{operation}", option) for operation, option in asked]
     if not asked:
         why = "no operation of the backend is asked for"
         return [
@@ -76,7 +80,7 @@ def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
         ]
     rows = []
     for operation, option in asked:
-        kernel = lookup(operation, option, layer.dtype, device, gradient=True)
+        kernel = lookup(operation, option, layer.dtype, device, gradient=not quantized)
         found = {"kernel": kernel.module, "device": kernel.device, "why": kernel.why}
         if operation in IN_PRECISION and serving.precision != "float32":
             found["why"] += f"; products in {serving.precision}, sums in {layer.dtype}"

@@ -15,6 +15,7 @@ from numlstm.autograd import Tensor
 from numlstm.io.native import load_model
 from numlstm.layers.base import Layer, Shape, from_config, registry, to_config
 from numlstm.layers.recurrent import Recurrent
+from numlstm.quantization import is_quantized, quantize
 from numlstm.registry import serialize
 from numlstm.training import Trainer
 
@@ -109,6 +110,30 @@ class Model(Trainer, Layer):
 
         return Stream(self, batch_size)
 
+    def quantize(self, scheme: str = "int8") -> "Model":
+        """A copy for inference whose recurrent and dense layers have int8 weights; this model stays as it is.
+
+        Weights take a quarter of the memory, in files too, and products run several times faster. Each column
+        of a matrix has a float32 scale; what it is multiplied by is brought to int8 as it comes, row by row, and
+        sums are whole numbers (kernels/int8.py says how far a product may be off). All else is float32.
+        Everything but training works: masks, states, streaming, saving.
+
+        Arguments:
+            scheme: "int8".
+
+        Raises:
+            ValueError: another scheme; a model that is not built, is quantized already or has no such layer; a
+                layer of float64; weights that are not finite.
+
+        >>> import numpy as np
+        >>> from numlstm.layers import LSTM, Dense
+        >>> model = Sequential([LSTM(32, input_shape=(None, 3)), Dense(1)])
+        >>> small, x = model.quantize("int8"), np.ones((2, 5, 3), np.float32)
+        >>> bool(np.allclose(small.predict(x, verbose=0), model.predict(x, verbose=0), atol=0.02))
+        True
+        """
+        return quantize(self, scheme)
+
     # Files
 
     def save(
@@ -148,7 +173,8 @@ class Model(Trainer, Layer):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for layer in self.layers:
             count = f"{layer.count_params():,}" if layer.built else "not built"
-            table.add_row(f"{layer.name} ({type(layer).__name__})", _output_shape(layer), count)
+            kind = type(layer).__name__ + (", int8" if is_quantized(layer) else "")
+            table.add_row(f"{layer.name} ({kind})", _output_shape(layer), count)
         console.print(table)
         console.print(f"Total: {_amount(self.weights)}")
         console.print(

@@ -20,8 +20,17 @@ from typing import Any
 import numpy as np
 
 from numlstm import random
-from numlstm.autograd import Array, Tensor, TensorLike, apply, apply_joint, needs_gradient
+from numlstm.autograd import (
+    Array,
+    QuantizedVariable,
+    Tensor,
+    TensorLike,
+    apply,
+    apply_joint,
+    needs_gradient,
+)
 from numlstm.backend import get_backend
+from numlstm.kernels.int8 import Quantized
 from numlstm.kernels.reference_pointwise import erf as _erf
 from numlstm.kernels.reference_pointwise import sigmoid as _logistic
 
@@ -688,22 +697,26 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
     """x (..., I) times w (I, O), plus b (O,): a dense layer. Any rank of x from 1.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit; w is a `QuantizedVariable` and a tape follows x or b.
 
     >>> linear([[1.0, 2.0]], [[1.0], [1.0]], [0.5])
     Tensor([[3.5]], dtype=float32)
     """
-    w = _floating(w)
-    x = astype(x, w.dtype)
+    quantized = isinstance(w, QuantizedVariable)
+    w = w if quantized else _floating(w)
+    x = astype(x, np.float32 if quantized else w.dtype)
     if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[0]:
         raise ValueError(
             f"linear: x of shape {x.shape} and w of shape {w.shape} came, expected (..., I) and (I, O)"
         )
     if b is not None:
-        b = astype(b, w.dtype)
+        b = astype(b, x.dtype)
         if b.shape != w.shape[1:]:
             raise ValueError(f"linear: b of shape {b.shape} came, expected {w.shape[1:]}")
     rows, product, weights = _Rows(x.data), get_backend(like=w.data).matmul, w.data
+    if quantized:
+        _refuse_gradient(x, *(() if b is None else (b,)))
+        weights = w.matrix
     u = rows.of(x.data)
     y = rows.home(product(u, weights, None if b is None else b.data))
     edges = [
@@ -847,7 +860,7 @@ def recurrent(
             which), and H units. Its output, the first state, has P = H columns, or those of `projection`.
         x: (B, T, I).
         kernel: (I, G * H), columns in the cell's gate order.
-        recurrent_kernel: (P, R * H).
+        recurrent_kernel: (P, R * H). It, kernel and projection may be `QuantizedVariable`s: int8, for inference.
         bias: (G * H,) or None.
         params: one (H,) tensor for each of `cell.params`.
         state: one (B, H) tensor for each of `cell.state`, (B, P) for the first; None for zeros.
@@ -869,7 +882,7 @@ def recurrent(
     A fused kernel turns what it kept into gradients, so that even a persistent tape passes back here once.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; int8 weights where a tape follows an input.
     """
     (result,) = _run_sequences([_Sequence(**locals())])
     return result
@@ -910,13 +923,18 @@ class _Sequence:
         projection: TensorLike | None = None,
         remat_steps: int | None = None,
     ) -> None:
-        self.kernel = kernel = _floating(kernel)
-        dtype = kernel.dtype
-        x, recurrent_kernel = astype(x, dtype), astype(recurrent_kernel, dtype)
+        quantized = isinstance(kernel, QuantizedVariable)
+        self.kernel = kernel = kernel if quantized else _floating(kernel)
+        dtype = np.dtype(np.float32) if quantized else kernel.dtype
+        x, recurrent_kernel = (
+            astype(x, dtype),
+            recurrent_kernel if quantized else astype(recurrent_kernel, dtype),
+        )
         bias = None if bias is None else astype(bias, dtype)
         params = tuple(astype(p, dtype) for p in params)
         state = None if state is None else tuple(astype(s, dtype) for s in state)
-        projection = None if projection is None else astype(projection, dtype)
+        if projection is not None and not quantized:
+            projection = astype(projection, dtype)
         valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
         _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)
 
@@ -943,7 +961,12 @@ class _Sequence:
             ),
             "projection": None if projection is None else projection.data,
         }
-        if remat_steps is not None:
+        if quantized:
+            _refuse_gradient(*self.inputs)
+            self.arguments |= {"kernel": kernel.matrix, "recurrent_kernel": _quantized(recurrent_kernel)}
+            if projection is not None:
+                self.arguments["projection"] = _quantized(projection)
+        elif remat_steps is not None:
             self.arguments |= {"remat_steps": remat_steps, "keep_states": bool(training)}
 
     def keep(self, out: Any) -> list[Array]:
@@ -967,6 +990,27 @@ class _Sequence:
         dx = g.x[:: self.direction].swapaxes(0, 1) if self.need_dx else None
         found = [dx, g.kernel, g.recurrent_kernel, *((g.bias,) if self.has_bias else ()), *g.params]
         return [*found, *(g.state if self.has_state else ()), *((g.projection,) if self.projects else ())]
+
+
+def _quantized(weights: Any) -> Quantized:
+    """Weights that go with an int8 kernel: int8 too, or none at all, for a cell without a recurrent product."""
+    if isinstance(weights, QuantizedVariable):
+        return weights.matrix
+    if weights.shape[1]:
+        raise ValueError(
+            f"recurrent_kernel, projection: expected int8, as the kernel is, got {weights.dtype} (from "
+            f"recurrent_dropconnect in training? int8 weights serve inference only)"
+        )
+    return Quantized(np.zeros(weights.shape, np.int8), np.zeros(0, np.float32))
+
+
+def _refuse_gradient(*inputs: Tensor) -> None:
+    """Int8 weights have no gradient and hand none on. Raises ValueError where a tape asks for one."""
+    if needs_gradient(*inputs):
+        raise ValueError(
+            "a tape follows an input of int8 weights, which serve inference only: differentiate the float32 "
+            "model, and quantize it again"
+        )
 
 
 def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:

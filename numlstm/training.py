@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numlstm import losses, metrics, optimizers, random
-from numlstm.autograd import GradientTape, Tensor, Variable
+from numlstm.autograd import GradientTape, QuantizedVariable, Tensor, Variable
 from numlstm.backend import get_backend, use_backend
 from numlstm.callbacks import Callback, CallbackList, History
 from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches
@@ -184,6 +184,7 @@ class Trainer:
         [0, 1, 2]
         """
         self._need_compiled("fit")
+        self._need_float_weights("fit")
         epochs, initial_epoch = _whole("epochs", epochs, 1), _whole("initial_epoch", initial_epoch, 0)
         chunk = None if bptt_steps is None else _whole("bptt_steps", bptt_steps, 1)
         dtype = self._settings.dtype
@@ -321,6 +322,7 @@ class Trainer:
         ['loss', 'mae']
         """
         self._need_compiled("train_on_batch")
+        self._need_float_weights("train_on_batch")
         batch = self._one_batch(x, y, sample_weight, mask, lengths)
         figures = _Figures(self, _class_table(class_weight, self.loss))
         with self._running(None):
@@ -378,6 +380,13 @@ class Trainer:
         if self._settings is None:
             raise ValueError(
                 f"{method}: the model has not been compiled; call compile(optimizer=..., loss=...) first"
+            )
+
+    def _need_float_weights(self, method: str) -> None:
+        if any(isinstance(variable, QuantizedVariable) for variable in self.weights):
+            raise ValueError(
+                f"{method}: this model has int8 weights, which serve inference only: train the float32 model, "
+                f"and quantize it again"
             )
 
     @contextmanager

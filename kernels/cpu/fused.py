@@ -57,7 +57,7 @@ from .threads import barrier
 from .tiles import aux_rows, compile_tile, inline, store_rows
 from .workspace import aligned, carve
 
-__all__ = ["prepare", "prepare_back"]
+__all__ = ["forward_tile", "prepare", "prepare_back"]
 
 call_backward_tile = caller(8)  # p, s, s_step, rows, t, b, v, vectors
 call_steps = caller(4)  # p, shard, shards, met
@@ -371,6 +371,11 @@ def _tile(cell: Cell, emit: Callable[..., str], precision: str) -> int:
     """The address of one of a cell's two tiles."""
     (stage,) = cell.stages
     return compile_tile(emit(cell, stage, Layout.of(stage, precision)), cell.name)
+
+
+def forward_tile(cell: Cell) -> int:
+    """The address of a cell's tile of float32 pre-activations, for whoever makes them otherwise."""
+    return _tile(cell, _forward_tile, "float32")
 
 
 def prepare(

@@ -531,6 +531,7 @@ class Shape(NamedTuple):
     units: bool  # the threads share the units, else the batch
     apart: bool
     precision: str
+    packed: bool = False  # the weights come packed, so that no room is needed to pack them
 
 
 class _Vectors:
@@ -668,8 +669,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         )
         blocks, apart = lay.blocks(made), shape.apart and bool(stage.x_gates)
         zeroed[f"bp {k}"] = blocks * lay.pre * lay.width
-        rest[f"wp {k}"] = blocks * lay.words(features) * lay.x_gates * lay.width
-        rest[f"rp {k}"] = blocks * lay.words(depth) * lay.h_gates * lay.width
+        rest[f"wp {k}"] = 0 if shape.packed else blocks * lay.words(features) * lay.x_gates * lay.width
+        rest[f"rp {k}"] = 0 if shape.packed else blocks * lay.words(depth) * lay.h_gates * lay.width
         rest[f"gates {k}"] = blocks * T * B * lay.pre * lay.width if shape.training or apart else 0
         rest[f"extra {k}"] = blocks * T * B * lay.extra * lay.width if shape.training else 0
         norms: list[Word] = []
@@ -795,8 +796,25 @@ def prepare(
     shards: int, units: bool, apart: bool, at_once: int, steps: None, precision: str,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
-    T, B, _, H, Q = shape
     known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart, precision)
+    weights = (kernel, recurrent_kernel, projection)
+    table, finish = laid_out(
+        cell, known, x, weights, bias, params, state, valid, aux, recurrent_mask, at_once
+    )
+    return Prepared(compiled(_forward), table, shards, finish)
+
+
+def laid_out(
+    cell: Cell, known: Shape, x: np.ndarray, weights: tuple[Any, Any, Any], bias: np.ndarray | None,
+    params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None, aux: tuple[Any, ...],
+    recurrent_mask: Any, at_once: int,
+) -> tuple[np.ndarray, Any]:  # fmt: skip
+    """The stages' plans and tables, in one array, and what makes a `Forward` of them once they have run.
+
+    weights: kernel, recurrent kernel and projection, or zeros where they come packed.
+    """
+    T, B, H, Q, training, precision = known.T, known.B, known.H, known.Q, known.training, known.precision
+    kernel, recurrent_kernel, projection = weights
     blueprint, _ = _forward_blueprint(cell, known)
     slab, table, output = blueprint.slab(), np.empty(len(blueprint.words), np.int64), cell.state[0]
     hs = aligned((T + 1, B, row_units(Q)))
@@ -841,11 +859,11 @@ def prepare(
             return Forward(hs[1:, :, :Q], final, None, None)
         residual = Residual(
             cell=cell, shape=(T, B, H, Q), known=known, table=table, slab=slab, inputs=values, has_bias=bias is not None,
-            shards=shards, at_once=at_once,
+            shards=known.shards, at_once=at_once,
         )  # fmt: skip
         return Forward(hs[1:, :, :Q], final, tuple(s[1:, :, :H] for s in sequences[1:]), residual)
 
-    return Prepared(compiled(_forward), table, shards, finish)
+    return table, finish
 
 
 def prepare_back(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from numlstm.kernels import remat
+from numlstm.kernels.int8 import Quantized
 from numlstm.kernels.sequence import PRECISIONS, check_precision
 
 __all__ = ["PRECISIONS", "Backend", "Kernel", "lookup", "register"]
@@ -31,6 +32,8 @@ OPERATIONS = (
     "layer_norm",
     "dropout_mask",
     "optimizer",
+    "quantized_sequence",  # on int8 weights, for inference
+    "quantized_matmul",
 )
 
 
@@ -94,7 +97,7 @@ def lookup(
 
     Arguments:
         operation: one of sequence, matmul, batched_matmul, softmax_cross_entropy, embedding, layer_norm,
-            dropout_mask, optimizer.
+            dropout_mask, optimizer, quantized_sequence, quantized_matmul.
         option: the cell's name for a sequence; the update's name for an optimizer.
         dtype: a float dtype, or its name.
         device: "cpu", "cuda" or "reference".
@@ -212,21 +215,33 @@ class Backend:
         """Run a cell over x (T, B, I): a `Forward(h, final, states, residual)`.
 
         Arguments:
+            kernel, recurrent_kernel: arrays, or both `Quantized`, for inference: then `training` keeps the
+                states' sequences and nothing else.
             projection: (H, P), for a cell that projects its output.
             remat_steps: keep the states at every so many steps only, and compute what else a gradient needs
                 again, piece by piece (kernels/remat.py).
             keep_states: with `remat_steps`, whether `states` are wanted all the same.
         """
-        serving = self.functions("sequence", cell.name, kernel.dtype, training)
+        serving = self._sequence_kernels(cell, kernel, training)
         options: dict[str, Any] = {}
         if remat_steps is not None:
             serving, options = remat.Remat(serving, remat_steps), {"keep_states": keep_states}
         out = serving.forward(
             cell, x, kernel, recurrent_kernel, bias, params, state, valid,
-            training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection, **self._precision,
-            **options,
+            training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection,
+            **self._precision_of(kernel), **options,
         )  # fmt: skip
         return out._replace(residual=(serving, out.residual)) if training else out
+
+    def _sequence_kernels(self, cell: Any, kernel: Any, training: bool) -> Any:
+        """The module that serves a cell on these weights."""
+        if isinstance(kernel, Quantized):
+            return self.functions("quantized_sequence", cell.name, kernel.dtype)
+        return self.functions("sequence", cell.name, kernel.dtype, training)
+
+    def _precision_of(self, kernel: Any) -> dict[str, str]:
+        """What a sequence is told of the precision of its products: of int8 weights, nothing else is to be chosen."""
+        return {} if isinstance(kernel, Quantized) else self._precision
 
     def sequence_backward(
         self,
@@ -250,15 +265,13 @@ class Backend:
         Returns a `Forward` each. Where one kernel serves them all and can run them together (`forward_all`, the
         places and options of each of its own `forward`'s calls in, a list of results out), it is asked once.
         """
-        servings = {
-            self.functions("sequence", c["cell"].name, c["kernel"].dtype, c["training"]) for c in calls
-        }
+        servings = {self._sequence_kernels(c["cell"], c["kernel"], c["training"]) for c in calls}
         together = getattr(next(iter(servings)), "forward_all", None) if len(servings) == 1 else None
         if together is None or any(c.get("remat_steps") is not None for c in calls):
             return [self.sequence_forward(**c) for c in calls]
         (serving,) = servings
         leave = ("remat_steps", "keep_states")
-        outs = together([_split({**c, **self._precision}, _FORWARD, leave) for c in calls])
+        outs = together([_split({**c, **self._precision_of(c["kernel"])}, _FORWARD, leave) for c in calls])
         return [
             out._replace(residual=(serving, out.residual)) if c["training"] else out
             for c, out in zip(calls, outs, strict=True)
@@ -274,7 +287,9 @@ class Backend:
 
     # Products and lookups
     def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:
-        """a (M, K) times b (K, N), plus bias (N,)."""
+        """a (M, K) times b (K, N), an array or `Quantized`, plus bias (N,)."""
+        if isinstance(b, Quantized):
+            return self.functions("quantized_matmul", "*", a.dtype).matmul(a, b, bias=bias)
         return self.functions("matmul", "*", a.dtype).matmul(a, b, bias=bias, **self._precision)
 
     def batched_matmul(self, a: Array, b: Array) -> Array:
@@ -342,7 +357,6 @@ class Backend:
 
 
 for _operation in OPERATIONS:
-    _module = (
-        "numlstm.kernels.reference" if _operation == "sequence" else "numlstm.kernels.reference_pointwise"
-    )
+    _sequence = _operation in ("sequence", "quantized_sequence")
+    _module = "numlstm.kernels.reference" if _sequence else "numlstm.kernels.reference_pointwise"
     register(_operation, _module, "plain NumPy, any float dtype", device="reference")

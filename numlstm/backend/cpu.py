@@ -33,7 +33,14 @@ _NUMPY = {
     "embedding": "NumPy's gather, and a sorted sum of runs for the gradient",
     "layer_norm": "NumPy: no fused kernel yet",
 }
+_INFERENCE = {  # likewise; without a backward pass
+    "quantized_sequence": ("quantized", "int8 weights, rows brought to int8 as they come, 32-bit sums"),
+    "quantized_matmul": ("quantized", "int8 weights, rows brought to int8 as they come, 32-bit sums"),
+}
 for _operation, (_module, _why) in _FUSED.items():
     register(_operation, f"numlstm.kernels.cpu.{_module}", _why, dtype="float32", device="cpu")
+for _operation, (_module, _why) in _INFERENCE.items():
+    _module = f"numlstm.kernels.cpu.{_module}"
+    register(_operation, _module, _why, dtype="float32", device="cpu", differentiable=False)
 for _operation, _why in _NUMPY.items():
     register(_operation, "numlstm.kernels.reference_pointwise", _why, device="cpu")

@@ -22,7 +22,7 @@ from numlstm.registry import custom_objects_scope
 if TYPE_CHECKING:
     from numlstm.models import Model
 
-FORMAT = 1
+FORMAT = 2  # the latest; a file is written with the first that can hold it: 2 for int8 weights, else 1
 SUFFIX = ".safetensors"
 
 # First bytes of files that people hand over by mistake.
@@ -50,6 +50,8 @@ def save_model(
     """
     import safetensors.numpy
 
+    from numlstm.quantization import quantized_weights
+
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"path: models are saved as {SUFFIX} files, got {str(path)!r}")
     if not model.built:
@@ -58,7 +60,9 @@ def save_model(
         )
     if preprocessing is not None:
         model.preprocessing = dict(preprocessing)
-    description = {"format": FORMAT, **_description(model)}
+    description = {"format": 1, **_description(model)}
+    if held := quantized_weights(model):
+        description |= {"format": FORMAT, "quantized": held}  # names by layer; see numlstm/quantization.py
     tensors = {
         f"weights/{name}": np.ascontiguousarray(v.numpy()) for name, v in model.named_weights().items()
     }
@@ -93,14 +97,15 @@ def load_model(
     """
     description, tensors = read_file(path)
     from numlstm.models import Model  # also makes Sequential known
+    from numlstm.quantization import hold_int8
 
     try:
         with custom_objects_scope(custom_objects):
-            with blank_weights():
-                model = from_config(description["model"])
-                if not isinstance(model, Model):
-                    raise ValueError(f"it holds a {type(model).__name__}, which is a layer, not a model")
-                _rebuild(model, description["build_shapes"])
+            model = rebuilt(description["model"], description["build_shapes"])
+            if not isinstance(model, Model):
+                raise ValueError(f"it holds a {type(model).__name__}, which is a layer, not a model")
+            if description.get("quantized"):
+                hold_int8(model, description["quantized"])
             _assign(
                 model, {k.removeprefix("weights/"): a for k, a in tensors.items() if k.startswith("weights/")}
             )
@@ -226,6 +231,14 @@ def _plausible(start: bytes, size: int) -> bool:
     """Could these 8 bytes be a header's length after all? (A length may happen to begin like a foreign
     file.)"""
     return len(start) == 8 and struct.unpack("<Q", start)[0] <= size - 8
+
+
+def rebuilt(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> Layer:
+    """A layer or model from its configuration, built for these shapes, by path; its weights are zeros."""
+    with blank_weights():
+        model = from_config(saved)
+        _rebuild(model, shapes)
+    return model
 
 
 def _rebuild(model: Layer, shapes: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numlstm import constraints, initializers, regularizers
-from numlstm.autograd import Tensor, Variable
+from numlstm.autograd import QuantizedVariable, Tensor, Variable
 from numlstm.registry import Configurable, Registry, constructor_parameters, snake_case, suggest
 
 Shape = tuple[int | None, ...]
@@ -452,7 +452,12 @@ class Layer(Configurable):
     losses = property(regularization_losses)
 
     def cast(self, dtype: Any) -> None:
-        """Turn this layer and all inside it to another floating-point dtype, weights included."""
+        """Turn this layer and all inside it to another floating-point dtype, weights included.
+
+        Raises ValueError for one that is not known, and where int8 weights would have to leave float32.
+        """
+        if checked_dtype(dtype) != "float32" and any(isinstance(v, QuantizedVariable) for v in self.weights):
+            raise ValueError(f"{self.name}: int8 weights compute in float32, got {checked_dtype(dtype)}")
         for _, layer in self.walk():
             layer.dtype = checked_dtype(dtype)
             for variable in layer.own_variables():

@@ -251,7 +251,7 @@ def rewritten(path, change, tensors=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), r"has format 2, this version reads up to 1: a newer numlstm wrote it"),
+        (lambda d: d.update(format=3), r"has format 3, this version reads up to 2: a newer numlstm wrote it"),
         (lambda d: d.pop("format") and None, "no format number"),
         (lambda d: d.pop("model") and None, "lacks 'model'"),
         (lambda d: d["model"].update(class_name="Nothing"), "unknown layer 'Nothing'"),

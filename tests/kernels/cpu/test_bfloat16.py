@@ -275,7 +275,9 @@ def test_what_no_tile_can_round_or_mask_is_refused(masked: bool, precision: str)
     question = replace(ask(bare, 2, 2, 2, 4).cast("f"), precision=precision)
     if masked:
         question.recurrent_mask = np.ones((2, 2, 4), "f")
-    with pytest.raises(ValueError, match=r"^(recurrent_mask|precision): .* can't be had for bare, where a product reads"):
+    with pytest.raises(
+        ValueError, match=r"^(recurrent_mask|precision): .* can't be had for bare, where a product reads"
+    ):
         question.forward(training=False)
 
 
