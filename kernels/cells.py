@@ -33,6 +33,7 @@ __all__ = [
     "activation_function",
     "clipped",
     "elman",
+    "feedforward",
     "gru",
     "indrnn",
     "layer_norm",
@@ -263,6 +264,18 @@ def gru(
         )
     made = cell(gates="rzn", split="n")(gru)
     return _normalized(made) if layer_norm else made
+
+
+@cache
+def feedforward(activation: str = "linear") -> Cell:
+    """A dense layer as a cell without recurrence, y = activation(W x + b), for stepping through it (stream.py)."""
+    squash = activation_function(activation)
+
+    @cell(gates="a", recurrent=())
+    def feedforward(a):
+        return squash(a)
+
+    return feedforward
 
 
 @cache

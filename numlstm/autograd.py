@@ -10,6 +10,8 @@ one needs.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Union
@@ -26,6 +28,7 @@ __all__ = [
     "apply",
     "apply_joint",
     "is_recording",
+    "latest_change",
     "needs_gradient",
 ]
 
@@ -286,8 +289,20 @@ def _plain(x: Any) -> Any:
     return x.numpy() if isinstance(x, Tensor) else x
 
 
+_changes = itertools.count(1)
+_latest_change = 0
+
+
+def latest_change() -> int:
+    """The number of the latest change of any Variable: while it stays the same, no weight has changed."""
+    return _latest_change
+
+
 class Variable(Tensor):
     """A Tensor that is trained: a layer's weight. It owns its array, which `assign` writes in place.
+
+    What is computed from weights and kept (packed for a stream, say) must notice when they change, so every
+    change is counted, in `version`, and `data` is read-only: `assign` and `writable` are the ways to write.
 
     Arguments:
         data: the first values; copied.
@@ -303,7 +318,9 @@ class Variable(Tensor):
     Variable([3., 4.], dtype=float32, name='kernel')
     """
 
-    __slots__ = ("constraint", "name", "regularizer", "trainable")
+    __slots__ = ("_owned", "_shown", "constraint", "name", "regularizer", "trainable", "version")
+
+    version: int
 
     def __init__(
         self,
@@ -315,11 +332,34 @@ class Variable(Tensor):
         dtype: Any = None,
     ) -> None:
         super().__init__(data, dtype)
-        self.data = self.data.copy(order="C")
         self.name = name
         self.trainable = trainable
         self.regularizer = regularizer
         self.constraint = constraint
+
+    def _replace(self, array: Array) -> None:
+        """Own a copy of another array."""
+        self._owned = self._shown = array.copy(order="C")
+        if isinstance(array, np.ndarray):
+            self._shown = self._owned.view()
+            self._shown.flags.writeable = False
+        self._count_change()
+
+    data = property(operator.attrgetter("_shown"), _replace)  # type: ignore[assignment]
+
+    def _count_change(self) -> None:
+        global _latest_change
+        self.version = _latest_change = next(_changes)
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """For copies and pickles: the array once, and not also the view of it."""
+        names = ("_origin", "mask", "constraint", "name", "regularizer", "trainable")
+        return None, {"data": self._owned} | {name: getattr(self, name) for name in names}
+
+    def writable(self) -> Array:
+        """The array, to be written in place at once; counts as a change."""
+        self._count_change()
+        return self._owned
 
     def assign(self, value: TensorLike) -> None:
         """Write new values in place.
@@ -333,7 +373,7 @@ class Variable(Tensor):
             raise ValueError(f"{self.name}: values of shape {values.shape} came, expected {self.shape}")
         if not np.can_cast(values.dtype, self.dtype, "same_kind"):
             raise ValueError(f"{self.name}: values of dtype {values.dtype} came, expected {self.dtype}")
-        self.data[...] = values
+        self.writable()[...] = values
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, name={self.name!r})"

@@ -8,13 +8,11 @@ that serves the calls.
 from collections.abc import Callable
 from typing import Any
 
-from numlstm.backend import Backend, lookup, use_backend
+from numlstm.backend import IN_PRECISION, Backend, lookup, use_backend
 from numlstm.layers.base import Layer
 from numlstm.quantization import is_quantized
 
 __all__ = ["explain"]
-
-IN_PRECISION = ("sequence", "matmul")  # operations whose products follow `compile(precision=...)`
 
 
 def explain(

@@ -131,7 +131,7 @@ class Optimizer(Configurable):
         for gradient, (variable, slots, decays) in zip(gradients, self._plan, strict=True):
             if gradient is None:
                 continue
-            weights = variable.data
+            weights = variable.writable()
             if gradient.shape != weights.shape:
                 raise ValueError(
                     f"gradients: shape {gradient.shape} came for {variable.name!r} of {weights.shape}"

@@ -3,21 +3,47 @@
 A stream keeps the recurrent states itself, apart from the model's, so that several can run on one model.
 After t steps its output is what `model.predict` would give for those t steps (with `return_sequences` in the
 last layer: the last of them).
+
+Where the backend has stepping kernels (the CPU's, in float32), neighbouring layers become one native call with
+their weights packed beforehand; a model of known layers is one call as a whole. What has no native form is called
+as in `predict`, and `Stream.explain` says which layers those are.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numlstm.autograd import Tensor
+from numlstm import activations
+from numlstm.autograd import Tensor, Variable, latest_change
+from numlstm.backend import IN_PRECISION, chosen_backend, get_backend
+from numlstm.kernels import cells
+from numlstm.kernels import stream as native
 from numlstm.layers.base import Layer, positive, to_tensor
 from numlstm.layers.bidirectional import Bidirectional
-from numlstm.layers.core import Embedding, InputLayer
+from numlstm.layers.core import (
+    Activation,
+    Dense,
+    Dropout,
+    Embedding,
+    InputLayer,
+    LayerNormalization,
+    Masking,
+    TimeDistributed,
+)
 from numlstm.layers.recurrent import Recurrent, checked_rows
 from numlstm.models import Model, Sequential
+from numlstm.quantization import is_quantized
 
 __all__ = ["Stream"]
+
+
+class _Part(NamedTuple):
+    """Neighbouring layers, by their numbers, that are stepped in one native call, or one layer that is not."""
+
+    layers: range
+    stack: Any  # the native call; None: the layer is called
+    why: str  # it is not native
 
 
 class Stream:
@@ -26,6 +52,10 @@ class Stream:
     The layers up to the last recurrent one with `return_sequences=False` (or to the end) are stepped:
     recurrent layers, and layers whose output at a step depends on that step alone (Dense, Embedding, Dropout,
     LayerNormalization, ...). What comes after has no time axis and may be anything.
+
+    Weights that change (`assign`, `set_weights`, training) are noticed at the next step and packed again. The
+    backend is that of `compile`, or the one in use when the stream is made; a `with nl.use_backend(...)` around a
+    step counts too. A stream serves one thread at a time.
 
     Arguments:
         model: a built Sequential.
@@ -56,52 +86,94 @@ class Stream:
         if not layers:
             raise ValueError(f"{model.name}: has no layers to stream through")
         ends = [k for k, x in enumerate(layers) if isinstance(x, Recurrent) and not x.return_sequences]
-        cut = ends[0] + 1 if ends else len(layers)
-        self._stepped, self._rest = layers[:cut], layers[cut:]
-        for layer in self._stepped:
+        self._layers, self._cut = layers, ends[0] + 1 if ends else len(layers)
+        self._open = not ends  # is there still a time axis at the end?
+        for layer in layers[: self._cut]:
             _check_steppable(layer)
         self._takes_ids = isinstance(layers[0], Embedding)
-        self._states: dict[int, tuple[np.ndarray, ...]] = {}
-        self.reset()
+        self._states: dict[int, tuple[np.ndarray, ...]] = {
+            k: tuple(np.zeros((self.batch_size, width), layer.dtype) for width in layer.state_widths)
+            for k, layer in enumerate(layers[: self._cut])
+            if isinstance(layer, Recurrent)
+        }
+        self._backend: Any = None
+        self._packed: list[tuple[Variable, int]] = []
+        self._parts: list[_Part] = []
+        self._arrange()
 
-    def step(self, x: Any) -> np.ndarray:
+    def step(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Feed one time step; the output after it.
 
         Arguments:
             x: (batch, features), or integer ids (batch,) for a model that begins with an Embedding. One row
                 may come without its batch axis when `batch_size` is 1.
+            out: where to write the output, in place of a new array: of its shape, and of a float dtype.
 
-        Returns (batch, ...): what `predict` gives for the steps so far.
+        Returns (batch, ...): what `predict` gives for the steps so far; a new array, or `out`.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape of x or of out, or an id that the Embedding has not got.
         """
-        y = to_tensor(self._checked(x)[:, None], self._stepped[0].dtype, "x", keeps_integers=True)
-        with self._model._running(None):  # on the backend that `compile` chose, as in predict
-            for k, layer in enumerate(self._stepped):
-                y = (
-                    self._step_recurrent(k, layer, y)
-                    if isinstance(layer, Recurrent)
-                    else layer(y, training=False)
+        if (
+            latest_change() != self._change
+            or chosen_backend() is not self._chosen
+            or self._model._settings is not self._settings
+        ):
+            self._arrange()
+        whole = self._whole
+        if whole is None:
+            y = self._step_by_parts(self._checked(x))
+            return np.array(y) if out is None else _written(out, y)
+        if (
+            type(x) is np.ndarray
+            and x.dtype == whole.x.dtype
+            and x.shape == whole.x.shape
+            and not self._takes_ids
+        ):
+            whole.x[...] = x
+        else:
+            self._fill(whole, 0, self._checked(x))
+        if out is not None:
+            _check_out(out, whole.y)  # before the states go on
+        whole.run()
+        if out is None:
+            return whole.y.copy()
+        out[...] = whole.y
+        return out
+
+    def explain(self, print_fn: Callable[[str], Any] | None = None) -> list[dict[str, str]]:
+        """Print, layer by layer, what runs in a native call and what does not, and why.
+
+        Arguments:
+            print_fn: takes each line, in place of `print`.
+
+        Returns what it printed, one dict a layer: layer, type, runs ("native call 1", ..., or "by itself"), why.
+
+        >>> from numlstm.layers import GRU, Dense
+        >>> stream = Sequential([GRU(4, name="memory", input_shape=(None, 2)), Dense(1, name="head")]).stream()
+        >>> rows = stream.explain()
+        memory (GRU): native call 1
+        head (Dense): native call 1
+        """
+        self._arrange()
+        say, rows, calls = print_fn or print, [], 0
+        for part in self._parts:
+            calls += part.stack is not None
+            for layer in (self._layers[k] for k in part.layers):
+                runs = "by itself" if part.stack is None else f"native call {calls}"
+                rows.append(
+                    {"layer": layer.name, "type": type(layer).__name__, "runs": runs, "why": part.why}
                 )
-            if self._open:
-                y = y[:, 0]
-            for layer in self._rest:
-                y = layer(y, training=False)
-        return np.array(y.numpy())
+                say(f"{layer.name} ({type(layer).__name__}): {runs}{part.why and f' ({part.why})'}")
+        return rows
 
     def reset(self, rows: Any = None) -> None:
         """Back to the beginning: zero states, for all rows or for those given (an index, indices, or a bool
         mask)."""
         index: Any = slice(None) if rows is None else checked_rows(rows, self.batch_size)
-        for k, layer in enumerate(self._stepped):
-            if isinstance(layer, Recurrent):
-                if k not in self._states:
-                    self._states[k] = tuple(
-                        np.zeros((self.batch_size, width), layer.dtype) for width in layer.state_widths
-                    )
-                for state in self._states[k]:
-                    state[index] = 0
+        for states in self._states.values():
+            for state in states:
+                state[index] = 0
 
     @property
     def states(self) -> list[tuple[np.ndarray, ...]]:
@@ -117,16 +189,129 @@ class Stream:
             for state, value in zip(group, values, strict=True):
                 state[...] = value
 
-    @property
-    def _open(self) -> bool:
-        """Is there still a time axis after the stepped layers?"""
-        last = self._stepped[-1]
-        return not (isinstance(last, Recurrent) and not last.return_sequences)
+    # Arranging
 
-    def _step_recurrent(self, k: int, layer: Recurrent, x: Tensor) -> Tensor:
+    def _arrange(self) -> None:
+        """Pack the weights for the backend in use, unless that has been done."""
+        self._change = latest_change()  # first: what changes from here on is noticed
+        self._chosen, self._settings = chosen_backend(), self._model._settings
+        with self._model._running(None):  # on the backend that `compile` chose, as in predict
+            backend = get_backend()
+        if backend is self._backend and all(v.version == version for v, version in self._packed):
+            return
+        weights = [
+            [(v, v.version) for v in layer.weights] for layer in self._layers
+        ]  # before they are packed
+        self._backend = backend
+        self._parts = list(self._cut_up(backend))
+        self._packed = [
+            w for part in self._parts if part.stack is not None for k in part.layers for w in weights[k]
+        ]
+        first = self._parts[0]
+        self._whole = first.stack if len(self._parts) == 1 else None
+        for part in self._parts:
+            if part.stack is not None:
+                kept = [k for k in part.layers if k in self._states]
+                for k, states in zip(kept, part.stack.states, strict=True):
+                    for state, before in zip(states, self._states[k], strict=True):
+                        state[...] = before
+                    self._states[k] = states
+
+    def _cut_up(self, backend: Any) -> Iterator[_Part]:
+        """The layers as native calls, each as long as it can be, and single layers between them."""
+        forms = [self._form(k) for k in range(len(self._layers))]
+        k = 0
+        while k < len(forms):
+            end = k
+            while end < len(forms) and not isinstance(forms[end], str):
+                end += 1
+                if end < len(forms) and isinstance(self._layers[end], Embedding):
+                    break  # its ids can't come from the call's own values
+            if end > k:
+                steps = [step for form in forms[k:end] for step in form]
+                stack = backend.stack(steps, self.batch_size, self._features(k), masked=k > 0)
+                if stack is not None:
+                    yield _Part(range(k, end), stack, "")
+                else:
+                    why = f"the backend {backend.name!r} has no stepping kernels"
+                    yield from (_Part(range(j, j + 1), None, why) for j in range(k, end))
+                k = end
+            else:
+                yield _Part(range(k, k + 1), None, str(forms[k]))
+                k += 1
+
+    def _features(self, k: int) -> int | None:
+        """Columns of layer k's input; None for ids."""
+        return None if isinstance(self._layers[k], Embedding) else self._layers[k].build_shape[-1]
+
+    def _form(self, k: int) -> list[native.Step] | str:
+        """A layer as the steps of a native call, or why it is none."""
+        layer, rank = self._layers[k], 3 if k < self._cut else 2
+        shape = layer.build_shape
+        if layer.dtype != "float32":
+            return f"its dtype is {layer.dtype}, the kernels' is float32"
+        if is_quantized(layer):
+            return "its weights are int8"
+        if self._backend.precision != "float32" and any(op in IN_PRECISION for op, _ in layer.operations()):
+            return f"its products are in {self._backend.precision}"
+        if isinstance(layer, Embedding):
+            rank -= 1
+        if not isinstance(shape, tuple) or len(shape) != rank or (rank == 3 and shape[-1] is None):
+            return f"its input's shape is {shape}, and not rows of a known length"
+        if k >= self._cut and (isinstance(self._form(k - 1), str) or isinstance(layer, (Recurrent, Masking))):
+            return "it comes after the last stepped layer, and not directly"
+        return _native_form(layer)
+
+    # Stepping
+
+    def _fill(self, stack: Any, k: int, x: np.ndarray) -> None:
+        """Write the input of layer k, of the right rank, into the native call that begins there."""
+        layer: Any = self._layers[k]
+        if isinstance(layer, Embedding):
+            one = x.item() if x.size == 1 and x.dtype.kind in "iu" else -1
+            if not 0 <= one < layer.input_dim:
+                layer.check_input(to_tensor(x, layer.dtype, "x", keeps_integers=True))
+        else:
+            x = to_tensor(x, layer.dtype, "x").data
+            if x.shape[1] != stack.x.shape[1]:
+                raise ValueError(
+                    f"x: {layer.name} expected {stack.x.shape[1]} features (last axis), got shape {x.shape}"
+                )
+        stack.x[...] = x
+
+    def _step_by_parts(self, x: np.ndarray) -> np.ndarray:
+        y = to_tensor(x[:, None], self._layers[0].dtype, "x", keeps_integers=True)
+        with self._model._running(None):
+            for part in self._parts:
+                k = part.layers[0]
+                if part.stack is not None:
+                    y = self._step_native(part, y)
+                elif k in self._states:
+                    y = self._step_recurrent(k, self._layers[k], y)
+                else:
+                    y = self._layers[k](y, training=False)
+        return y.numpy()[:, 0] if self._open else y.numpy()
+
+    def _step_native(self, part: _Part, y: Tensor) -> Tensor:
+        """A native call on a tensor, with a time axis as long as there is one to be closed, and the mask."""
+        first, end, stack = part.layers.start, part.layers.stop, part.stack
+        rows = y.numpy()[:, 0] if first < self._cut else y.numpy()
+        self._fill(stack, first, rows)
+        if stack.valid is not None:
+            stack.valid[...] = True if y.mask is None or first >= self._cut else y.mask[:, 0]
+        stack.run()
+        if end >= self._cut and not self._open:
+            return Tensor(stack.y.copy())
+        out = Tensor(stack.y[:, None].copy())
+        if stack.masks or y.mask is not None:
+            out.mask = stack.valid[:, None].copy()
+        return out
+
+    def _step_recurrent(self, k: int, layer: Any, x: Tensor) -> Tensor:
         layer.check_input(x)
         outputs, final, _ = layer.run(x, tuple(Tensor(s) for s in self._states[k]), x.mask)
-        self._states[k] = tuple(np.array(f.numpy()) for f in final)
+        for state, value in zip(self._states[k], final, strict=True):
+            state[...] = value.numpy()
         if not layer.return_sequences:
             return final[0]
         outputs = layer.shown(outputs, x.mask)
@@ -143,6 +328,77 @@ class Stream:
             )
             raise ValueError(f"x: expected one time step, {wanted}, got shape {np.shape(x)}")
         return array
+
+
+def _check_out(out: Any, y: np.ndarray) -> None:
+    if not isinstance(out, np.ndarray) or out.shape != y.shape or out.dtype.kind != "f":
+        came = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"out: expected an array of floats of shape {y.shape}, got {came}")
+
+
+def _written(out: np.ndarray, y: np.ndarray) -> np.ndarray:
+    _check_out(out, y)
+    out[...] = y
+    return out
+
+
+def _native_form(layer: Layer) -> list[native.Step] | str:
+    """A layer whose input is rows as the steps of a native call, or why it is none."""
+    if isinstance(layer, Recurrent):
+        return _recurrence(layer)
+    kind, values = type(layer), lambda w: None if w is None else w.data
+    if kind is Dropout:
+        return []
+    if kind is Embedding:
+        return [native.Lookup(layer.embeddings.data, layer.mask_zero)]
+    if kind is TimeDistributed:
+        inner = layer.layer
+        return "it applies a layer with layers inside" if inner.has_children() else _native_form(inner)
+    if kind is LayerNormalization:
+        if not layer.per_step:
+            return "it normalises more than the last axis"
+        return [native.Normalization(values(layer.gamma), values(layer.beta), layer.epsilon)]
+    if kind is Masking:
+        return [native.Masking(layer.mask_value)]
+    if kind in (Dense, Activation):
+        applied = _activation(layer.activation)
+        if isinstance(applied, str) or kind is Activation:
+            return applied
+        if applied and isinstance(applied[0], native.Activation):  # in the dense layer's own equations
+            return [native.dense(layer.kernel.data, values(layer.bias), applied[0].name)]
+        return [native.dense(layer.kernel.data, values(layer.bias)), *applied]
+    return f"a {kind.__name__} has no native form"
+
+
+def _activation(function: Any) -> list[native.Step] | str:
+    try:
+        name = activations.name_of(function)
+    except ValueError:
+        return "its activation has no name"
+    if name == "linear":
+        return []
+    if name in ("softmax", "log_softmax"):
+        return [native.Softmax(logarithm=name == "log_softmax")]
+    try:
+        cells.activation_function(name)
+    except ValueError:
+        return f"the kernels have no {name}"
+    return [native.Activation(name)]
+
+
+def _recurrence(layer: Recurrent) -> list[native.Step] | str:
+    """A recurrent layer at inference."""
+    if layer.zero_output_for_mask:
+        return "zero_output_for_mask has no native form"
+    x = Tensor(np.zeros((1, 1, layer.kernel.shape[0]), layer.dtype))
+    asked = layer.arguments(x, None, None)
+    values = lambda t: None if t is None else t.data
+    return [
+        native.Recurrence(
+            asked["cell"], layer.kernel.data, values(asked["recurrent_kernel"]), values(asked["bias"]),
+            tuple(p.data for p in asked["params"]), values(asked["projection"]), asked["aux"],
+        )
+    ]  # fmt: skip
 
 
 def _leaves(model: Sequential) -> Iterator[Layer]:

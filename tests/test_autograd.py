@@ -1,6 +1,8 @@
 """The tape itself: what it records, how gradients meet, what it frees, and what it refuses."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 from numlstm import ops
-from numlstm.autograd import GradientTape, Tensor, Variable, apply, apply_joint, is_recording, needs_gradient
+from numlstm.autograd import (
+    GradientTape,
+    Tensor,
+    Variable,
+    apply,
+    apply_joint,
+    is_recording,
+    latest_change,
+    needs_gradient,
+)
 
 
 def gradient(f, *values, **kwargs):
@@ -147,6 +158,40 @@ def test_a_variable_owns_its_array_and_is_written_in_place():
 def test_a_variable_refuses_other_shapes_and_kinds(value, message):
     with pytest.raises(ValueError, match=message):
         Variable(np.ones((2, 3), np.float32), name="kernel").assign(value)
+
+
+def test_every_change_of_a_variable_is_counted():
+    w, other = Variable([1.0, 2.0], name="w"), Variable([3.0])
+    versions = []
+    for change in (
+        lambda: None,
+        lambda: w.assign([2.0, 3.0]),
+        lambda: w.writable().fill(4.0),
+        lambda: setattr(w, "data", np.ones(2, np.float64)),
+    ):
+        change()
+        versions.append(w.version)
+    assert sorted(set(versions)) == versions and latest_change() == w.version > other.version
+    assert w.dtype == np.float64 and w.numpy().tolist() == [1, 1]
+    (w * 2).sum(), w.numpy(), np.asarray(w), w[0]
+    assert latest_change() == w.version == versions[-1]  # to look is no change
+    for view in (w.data, w.numpy(), np.asarray(w), w[:1].data):
+        with pytest.raises(ValueError, match="read-only"):
+            view[0] = 5
+    own = np.ones(2, np.float32)
+    Variable(own).assign([7.0, 7.0])
+    w.data = own
+    w.assign([7.0, 7.0])
+    assert own.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_a_copied_variable_is_one_of_its_own(duplicate):
+    w = Variable([1.0, 2.0], name="w", trainable=False)
+    twin = duplicate(w)
+    twin.assign([3.0, 4.0])
+    assert (w.numpy().tolist(), twin.numpy().tolist()) == ([1, 2], [3, 4])
+    assert (twin.name, twin.trainable) == ("w", False) and not twin.data.flags.writeable
 
 
 def test_an_integer_variable_refuses_fractions():

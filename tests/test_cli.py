@@ -288,7 +288,94 @@ def test_info(capsys):
 
 
 def test_warmup(capsys):
-    assert "LSTM" in call_json(capsys, "warmup")["seconds"]
+    """Kernels that the tests have compiled are in the cache; what is asked here is that all are there afterwards."""
+    first = call_json(capsys, "warmup")
+    assert first["kept"] and first["problem"] is None
+    assert all(
+        set(first["seconds"][kind]) == {"inference", "stream", "training"}
+        for kind in ("LSTM", "GRU", "SimpleRNN")
+    )
+    again = json.loads(in_a_process("warmup", "--json").stdout)
+    assert again["compiled"] == 0 and again["loaded"] >= 10
+
+
+def in_a_process(*arguments, **environment):
+    """A command in a fresh interpreter."""
+    command = [sys.executable, "-W", "error", "-m", "numlstm", *map(str, arguments)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
+
+
+# Says whether anything is compiled while a model is used; argument: the model file.
+USE = """
+import sys
+import numpy as np
+import numlstm as nl
+from numlstm.kernels.cpu import cache
+model = nl.load(sys.argv[1])
+x = np.ones((40, 6, 5), np.float32)
+model.predict(x, verbose=0)
+model.stream().step(x[0, 0])
+print(cache.made.compiled, cache.made.loaded)
+model.fit(x, np.zeros(40, int), verbose=0)
+print(cache.made.compiled)
+"""
+
+
+@pytest.fixture
+def small_model():
+    model = nl.Sequential([nl.IndRNN(20, input_shape=(None, 5)), nl.Dropout(0.5), nl.Dense(3, "softmax")])
+    model.compile("rmsprop", "sparse_categorical_crossentropy")
+    model.save("m.safetensors")
+    return model
+
+
+def test_warmup_of_a_model_file(small_model, tmp_path):
+    """Exactly what the model needs, for inference and streams, then for training too."""
+    cached = {"NUMLSTM_CACHE_DIR": str(tmp_path / "cache")}
+    warm = lambda *more: json.loads(in_a_process("warmup", "m.safetensors", *more, "--json", **cached).stdout)
+    use = lambda: subprocess.run(
+        [sys.executable, "-c", USE, "m.safetensors"],
+        env={**os.environ, **cached},
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    first = warm("--inference-only")
+    assert first["compiled"] > 2 and first["loaded"] == 0
+    assert [k for uses in first["seconds"].values() for k in uses].count("training") == 0
+    assert warm()["loaded"] == first["compiled"]
+    assert use() == [
+        "0",
+        str(first["compiled"] - 1),
+        "0",
+    ]  # its dense layer's product is so small that NumPy makes it
+
+
+@pytest.fixture
+def smaller_model():
+    """Two kernels, which are soon compiled."""
+    nl.Sequential([nl.Activation("softmax", input_shape=(None, 5))]).save("m.safetensors")
+
+
+def test_warmup_by_two_processes_at_once(smaller_model, tmp_path):
+    """Both end well, and what they leave serves a third."""
+    command = [sys.executable, "-m", "numlstm", "warmup", "m.safetensors", "--inference-only", "--json"]
+    env = {**os.environ, "NUMLSTM_CACHE_DIR": str(tmp_path / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for process in [subprocess.Popen(command, env=env, **pipes) for _ in range(2)]:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    third = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert (third["compiled"], third["loaded"]) == (0, 2)
+
+
+def test_warmup_where_nothing_can_be_written(smaller_model, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    folder = str(tmp_path / "file" / "below")
+    done = in_a_process("warmup", "m.safetensors", "--inference-only", "--json", NUMLSTM_CACHE_DIR=folder)
+    found = json.loads(done.stdout)
+    assert not found["kept"] and "can't be written" in found["problem"] and found["compiled"] == 2
+    assert "Nothing can be kept" in done.stderr and "2 kernels compiled, not kept" in done.stderr
 
 
 def test_help_names_every_command(capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import numlstm as nl
+from numlstm.backend import use_backend
 
 B, T, I = 3, 8, 4
 X = np.random.default_rng(0).standard_normal((B, T, I)).astype(np.float32)
@@ -125,6 +126,186 @@ def test_the_result_is_the_callers():
     assert all(np.array_equal(a, b) for a, b in zip(stream.states[0], after, strict=True))
 
 
+NATIVE = {"one", "deep", "sequences", "layers by step", "masking", "nested"}
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [(name, model) for name, model in models()], ids=lambda v: str(v)[:20]
+)
+def test_what_runs_natively(name, model):
+    lines = []
+    rows = model.stream().explain(lines.append)
+    assert [row["layer"] in line and row["runs"] in line for row, line in zip(rows, lines, strict=True)]
+    native = {row["runs"] for row in rows} == {"native call 1"}
+    assert native == (name in NATIVE)
+    assert all(bool(row["why"]) == (row["runs"] == "by itself") for row in rows)
+    on_numpy = _on_numpy(model)
+    assert all(
+        "'reference' has no stepping kernels" in row["why"] for row in on_numpy if row["layer"] in _able(rows)
+    )
+
+
+def _on_numpy(model):
+    with use_backend("reference"):
+        return model.stream().explain(lambda line: None)
+
+
+def _able(rows):
+    return {row["layer"] for row in rows if row["runs"] != "by itself"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stream_may_change_its_backend_midway(model):
+    stream, same = model.stream(B), model.stream(B)
+    for t in range(4):
+        with use_backend("reference" if t in (1, 2) else "cpu"):
+            y = stream.step(X[:, t])
+        close(y, same.step(X[:, t]))
+
+
+def test_wide_layers_equal_predict():
+    model = nl.Sequential(
+        [
+            nl.LSTM(193, return_sequences=True, input_shape=(None, I)),
+            nl.GRU(128, return_sequences=True),
+            nl.GRU(40, reset_after=False),
+            nl.Dense(70, "elu"),
+            nl.Dense(9, "log_softmax"),
+        ]
+    )
+    stream, x = model.stream(B), np.random.default_rng(1).standard_normal((B, 30, I)).astype(np.float32)
+    for t in range(30):
+        y = stream.step(x[:, t])
+    np.testing.assert_allclose(y, model.predict(x, verbose=0), rtol=1e-6, atol=1e-6)
+
+
+def trained(model):
+    model.compile("sgd", "mse")
+    model.train_on_batch(X, np.ones((B, 2), np.float32))
+
+
+CHANGES = {
+    "assign": lambda model: model.layers[0].bias.assign(np.ones(20)),
+    "set_weights": lambda model: model.set_weights([w + 0.1 for w in model.get_weights()]),
+    "training": trained,
+    "writable": lambda model: model.layers[1].kernel.writable().fill(0.3),
+    "data": lambda model: setattr(model.layers[1].kernel, "data", np.full((5, 2), 0.3, np.float32)),
+    "cast": lambda model: model.cast("float64"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_noticed(change):
+    model = nl.Sequential([nl.LSTM(5, input_shape=(None, I)), nl.Dense(2)])
+    stream = model.stream(B)
+    stream.step(X[:, 0])
+    stale = stream.step(X[:, 1])
+    states = stream.states
+    CHANGES[change](model)
+    before = model.stream(B)
+    before.set_states(states)
+    y = stream.step(X[:, 2])
+    assert np.array_equal(y, before.step(X[:, 2])) and not np.array_equal(y, stale)
+    _, h, c = _with_states(model.layers[0], X[:, 2:3], states[0])
+    close(y, model.layers[1](h))
+    close(stream.states[0][1], c)
+
+
+def _with_states(layer, x, states):
+    layer.return_state = True
+    try:
+        return layer(x, initial_state=list(states))
+    finally:
+        layer.return_state = False
+
+
+def test_training_another_model_packs_nothing_anew():
+    model = nl.Sequential([nl.LSTM(5, input_shape=(None, I)), nl.Dense(2)])
+    stream = model.stream(B)
+    parts = stream._parts
+    nl.Variable([1.0]).assign([2.0])
+    stream.step(X[:, 0])
+    assert stream._parts is parts
+    model.layers[1].bias.assign([1.0, 2.0])
+    stream.step(X[:, 0])
+    assert stream._parts is not parts
+
+
+def test_out():
+    model = nl.Sequential([nl.LSTM(5, input_shape=(None, I)), nl.Dense(2)])
+    stream, other, out = model.stream(B), model.stream(B), np.empty((B, 2))
+    assert stream.step(X[:, 0], out=out) is out
+    close(out, other.step(X[:, 0]))
+    first = stream.step(X[:, 1])
+    kept = first.copy()
+    stream.step(X[:, 2])
+    assert np.array_equal(first, kept)  # the result is the caller's to keep
+    for wrong in (np.empty((B, 3)), np.empty((B, 2), int), [[0.0, 0.0]] * B):
+        with pytest.raises(ValueError, match=r"out: expected an array of floats of shape \(3, 2\), got"):
+            stream.step(X[:, 3], out=wrong)
+    other.step(X[:, 1]), other.step(X[:, 2])
+    assert np.array_equal(stream.step(X[:, 3]), other.step(X[:, 3]))  # the states had not gone on
+
+
+def test_inputs_of_other_dtypes():
+    model = nl.Sequential([nl.LSTM(5, input_shape=(None, I))])
+    x = np.arange(B * I).reshape(B, I) % 3
+    expected = model.stream(B).step(x.astype(np.float32))
+    for given in (x, x.astype(np.float64), x.tolist(), x.astype(np.float32)[:, ::-1][:, ::-1], nl.Tensor(x)):
+        assert np.array_equal(model.stream(B).step(given), expected)
+    with pytest.raises(ValueError, match="expected numbers"):
+        model.stream(B).step(x.astype(complex))
+
+
+def test_ids_that_the_table_has_not_got_change_nothing():
+    model = nl.Sequential([nl.Embedding(9, 4), nl.LSTM(5)])
+    model(np.array([[1]]))
+    for batch, wrong in ((1, [9]), (1, [-1]), (2, [3, 9]), (1, [0.5])):
+        stream = model.stream(batch)
+        with pytest.raises(ValueError, match="expected ids"):
+            stream.step(np.array(wrong))
+        assert not stream.states[0][0].any()
+    assert np.array_equal(model.stream().step(2.0), model.stream().step([2]))
+
+
+class _PerStep(nl.Layer):
+    per_step = True
+
+    def call(self, x):
+        return x * 2
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class _Ids(_PerStep):
+    def call(self, x):
+        return nl.Tensor((x.data[..., 0] > 0).astype(np.int64) * 9)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[:-1]
+
+
+def test_ids_in_the_middle_are_held_to_the_table():
+    model = nl.Sequential([_Ids(), nl.Embedding(9, 4), nl.LSTM(5)], input_shape=(None, I))
+    stream, low = model.stream(), -np.ones((1, I), np.float32)
+    assert [row["runs"] for row in stream.explain(lambda line: None)] == ["by itself"] + ["native call 1"] * 2
+    close(stream.step(low), model(low[:, None]))
+    with pytest.raises(ValueError, match="expected ids from 0 to 8"):
+        stream.step(-low)
+
+
+def test_a_layer_of_ones_own_between_native_calls():
+    model = nl.Sequential(
+        [nl.LSTM(5, return_sequences=True), _PerStep(), nl.GRU(4, return_sequences=True), nl.Dense(2)],
+        input_shape=(None, I),
+    )
+    stream = model.stream(B)
+    runs = [row["runs"] for row in stream.explain(lambda line: None)]
+    assert runs == ["native call 1", "by itself", "native call 2", "native call 2"]
+    close(np.stack([stream.step(X[:, t]) for t in range(T)], 1), model(X))
+
+
 class _Smooth(nl.Layer):
     def call(self, x):
         return x
@@ -166,3 +347,18 @@ class Own(nl.Model):
 def test_what_can_not_be_streamed(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_reduced_precision_streams_layer_by_layer_as_predict_does(kind: str) -> None:
+    model = nl.Sequential([nl.LSTM(5, input_shape=(None, 3), return_sequences=True), nl.GRU(4), nl.Dense(2)])
+    x = np.random.default_rng(0).standard_normal((2, 6, 3)).astype(np.float32)
+    if kind == "int8":
+        model = model.quantize("int8")
+    else:
+        model.compile(optimizer="sgd", loss="mse", precision="bfloat16")
+    stream = model.stream(batch_size=2)
+    steps = [stream.step(x[:, t]) for t in range(6)]
+    assert np.allclose(steps[-1], model.predict(x, verbose=0), atol=1e-6)
+    reason = "its weights are int8" if kind == "int8" else "its products are in bfloat16"
+    assert {row["why"] for row in stream.explain(print_fn=lambda _: None)} == {reason}

@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from numba.core.registry import cpu_target
 
 from .simd import JIT_OPTIONS
 
-__all__ = ["compile_address", "compile_kernel", "directory"]
+__all__ = ["compile_address", "compile_kernel", "directory", "made", "problem"]
 
 
 def directory() -> Path | None:
@@ -47,6 +48,28 @@ def directory() -> Path | None:
         return Path(base).expanduser() / "numlstm"
     except RuntimeError:  # the user has no home directory
         return None
+
+
+def problem() -> str | None:
+    """Why compiled kernels can't be kept, or None where they can."""
+    path = directory()
+    if path is None:
+        return "there is no cache directory (NUMLSTM_CACHE_DIR is empty, or the user has no home)"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return None
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror or error})"
+
+
+class _Made:
+    """How many kernels this process has compiled, and how many it has loaded from the cache."""
+
+    compiled = loaded = 0
+
+
+made = _Made()
 
 
 def _hash_of_sources() -> str:
@@ -149,6 +172,10 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
         except OSError:
             pass  # the directory can't be made: compile in memory
     dispatcher.compile(signature)
+    if dispatcher.stats.cache_hits:
+        made.loaded += 1
+    else:
+        made.compiled += 1
     dispatcher.disable_compile()
     (compiled,) = dispatcher.overloads.values()
     dispatcher.address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)

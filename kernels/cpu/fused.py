@@ -249,8 +249,9 @@ def _steps(p, shard, shards, met):
 
 def _forward(p, shard, shards):
     met = 1
-    call_part(get(p, P.PACK), p, shard, shards)
-    barrier(get(p, P.FLAGS), shard, shards, met)
+    if get(p, P.PACKED) == 0:
+        call_part(get(p, P.PACK), p, shard, shards)
+        barrier(get(p, P.FLAGS), shard, shards, met)
     for piece in range(p, p + get(p, P.PIECES) * PLAN_BYTES, PLAN_BYTES):
         call_steps(get(p, P.STEPS), piece, shard, shards, met)
         met += get(piece, P.T) * get(p, P.UNITS_SPLIT)
@@ -498,7 +499,8 @@ def prepare(
         states = None if again else tuple(cs[k, 1:, :, :H] for k in range(S - 1))
         return Forward(hs[1:, :, :H], final, states, residual)
 
-    return Prepared(compiled(_forward), packed, shards, finish)
+    places = ((hs[0], hs[T]), *((c[0], c[-1]) for c in cs))
+    return Prepared(compiled(_forward), packed, shards, finish, places)
 
 
 def _pieces(

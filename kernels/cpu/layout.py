@@ -52,6 +52,7 @@ class P(IntEnum):
     BLOCKS = auto()
     UNITS_SPLIT = auto()  # 1: threads share the units; 0: the batch
     APART = auto()  # 1: the input product of all steps comes first; 0: it is part of each step's tile
+    PACKED = auto()  # 1: a pass before this one has packed the weights
     FLAGS = auto()  # barrier flags
     SCRATCH = auto()
     ZEROS = auto()
@@ -248,12 +249,16 @@ class Residual:
 
 
 class Prepared(NamedTuple):
-    """A pass that is ready to run: a compiled kernel, its plan, on how many threads, and what makes its result of it."""
+    """A pass that is ready to run: a compiled kernel, its plan, on how many threads, and what makes its result of it.
+
+    A forward pass also says where each state lies before and after it, (B, row) each; in inference they may be one place.
+    """
 
     kernel: Any
     plan: np.ndarray
     shards: int
     finish: Callable[[], Any]
+    states: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
 
 def by_step(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

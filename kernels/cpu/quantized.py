@@ -588,7 +588,7 @@ def _prepare(
         plan, finish = _one_stage(cell, (T, B, I, H), arguments, training, shards, units)
     else:
         known = staged.Shape(T, B, I, H, O, training, False, shards, units, False, "float32", packed=True)
-        plan, finish = staged.laid_out(cell, known, x, (0, 0, 0), *arguments, None, at_once)
+        plan, finish, _ = staged.laid_out(cell, known, x, (0, 0, 0), *arguments, None, at_once)
     weights = (kernel, recurrent_kernel, projection)
     both, kept = _with_products(cell, plan, x, weights, (T, B, I, H, O), shards if units else 1)
     kept += [x, bias, valid]

@@ -18,7 +18,7 @@ from . import fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout, Prepared, Residual
 
-__all__ = ["backward", "backward_all", "explain", "forward", "forward_all"]
+__all__ = ["backward", "backward_all", "explain", "forward", "forward_all", "prepare_step"]
 
 # The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
 # Floating-point operations of a forward pass below which one thread does it: where the others must be woken first, which
@@ -143,9 +143,9 @@ def _run(jobs: list[Prepared], together: bool = False) -> list[Any]:
 def _prepare(
     cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, state: Any, valid: Any,
     *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Any = None, steps: int | None = None,
-    precision: str = "float32", at_once: int = 1,
+    precision: str = "float32", at_once: int = 1, alone: bool = False,
 ) -> Prepared:  # fmt: skip
-    """A forward pass: arguments held to their shapes, memory laid out, the plan written."""
+    """A forward pass: arguments held to their shapes, memory laid out, the plan written; `alone`: for one thread."""
     T, B, I, H, Q = check_forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
@@ -155,8 +155,8 @@ def _prepare(
             + (f" and an output of {Q}" if cell.projects else "")
         )
     check_precision(precision)
-    shards, units = _split(cell, T, B, I, H, at_once, precision)
-    apart = _apart(shards, units, B, I)
+    shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
+    apart = T > 1 and _apart(shards, units, B, I)
     arrays = [_float32(a) for a in (x, kernel, recurrent_kernel)]
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
     valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
@@ -165,6 +165,17 @@ def _prepare(
         cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
         shards, units, apart, at_once, steps, precision,
     )  # fmt: skip
+
+
+def prepare_step(
+    cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, valid: Any, *, aux: Any, projection: Any
+) -> Prepared:  # fmt: skip
+    """One step of inference from states of zero, on one thread, ready to run: what stream.py repeats.
+
+    Its plan reads x (1, B, I) and valid (1, B) where they are, if they are contiguous, float32 and bool.
+    """
+    arguments = (cell, x, kernel, recurrent_kernel, bias, params, None, valid)
+    return _prepare(*arguments, training=False, aux=aux, projection=projection, alone=True)
 
 
 def backward(

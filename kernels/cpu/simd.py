@@ -296,6 +296,11 @@ def load_byte(b, address):
 
 
 @operation("0(ii)")
+def store_byte(b, address, value):
+    b.store(b.trunc(value, I8), pointer(b, address, I8), align=1)
+
+
+@operation("0(ii)")
 def zero_bytes(b, address, n):
     false = ir.Constant(ir.IntType(1), 0)
     call(b, "llvm.memset.p0.i64", ir.VoidType(), pointer(b, address, I8), I8(0), n, false)

@@ -417,9 +417,10 @@ def _forward(p, shard, shards):
     s, met, end = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES), 1, p + get(p, P.STAGES) * PLAN_BYTES
     r0, r1 = share(B, shard, shards)
     b0, b1 = (0, B) if units_split else (r0, r1)
-    for stage in range(p, end, PLAN_BYTES):
-        call_part(get(p, P.PACK), stage, shard, shards)
-    barrier(flags, shard, shards, met)
+    if get(p, P.PACKED) == 0:
+        for stage in range(p, end, PLAN_BYTES):
+            call_part(get(p, P.PACK), stage, shard, shards)
+        barrier(flags, shard, shards, met)
     for stage in range(p, end, PLAN_BYTES):
         if get(stage, P.APART) != 0:
             blocks = get(stage, P.BLOCKS)
@@ -798,18 +799,19 @@ def prepare(
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
     known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart, precision)
     weights = (kernel, recurrent_kernel, projection)
-    table, finish = laid_out(
+    table, finish, places = laid_out(
         cell, known, x, weights, bias, params, state, valid, aux, recurrent_mask, at_once
     )
-    return Prepared(compiled(_forward), table, shards, finish)
+    return Prepared(compiled(_forward), table, shards, finish, places)
 
 
 def laid_out(
     cell: Cell, known: Shape, x: np.ndarray, weights: tuple[Any, Any, Any], bias: np.ndarray | None,
     params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None, aux: tuple[Any, ...],
     recurrent_mask: Any, at_once: int,
-) -> tuple[np.ndarray, Any]:  # fmt: skip
-    """The stages' plans and tables, in one array, and what makes a `Forward` of them once they have run.
+) -> tuple[np.ndarray, Any, Any]:  # fmt: skip
+    """The stages' plans and tables, in one array, what makes a `Forward` of them once they have run, and where each state
+    lies before and after.
 
     weights: kernel, recurrent kernel and projection, or zeros where they come packed.
     """
@@ -851,8 +853,9 @@ def laid_out(
         for row, param in zip(rows, params, strict=True):
             row[:H] = param
 
+    last = [s[T] if len(s) == T + 1 else s[T & 1] for s in sequences]
+
     def finish() -> Forward:
-        last = [s[T] if len(s) == T + 1 else s[T & 1] for s in sequences]
         final = tuple(s[:, : H if k else Q].copy() for k, s in enumerate(last))
         if not training:
             values.clear()  # it kept the inputs in memory
@@ -863,7 +866,8 @@ def laid_out(
         )  # fmt: skip
         return Forward(hs[1:, :, :Q], final, tuple(s[1:, :, :H] for s in sequences[1:]), residual)
 
-    return table, finish
+    places = tuple((s[0], end) for s, end in zip(sequences, last, strict=True))
+    return table, finish, places
 
 
 def prepare_back(

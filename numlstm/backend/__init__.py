@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from . import cuda
-from .base import PRECISIONS, Backend, Kernel, lookup, register
+from .base import IN_PRECISION, PRECISIONS, Backend, Kernel, lookup, register
 from .cpu import CpuBackend
 
 __all__ = [
+    "IN_PRECISION",
     "PRECISIONS",
     "Backend",
     "Kernel",
     "backends",
+    "chosen_backend",
     "get_backend",
     "lookup",
     "register",
@@ -85,6 +87,16 @@ def get_backend(name: str | None = None, *, like: Any = None) -> Backend:
     if like is not None and type(like).__module__.partition(".")[0] == "cupy":
         return _resolve("cuda", "an array on a CUDA device")
     return _instance("cpu")
+
+
+def chosen_backend() -> Backend | None:
+    """The backend of the innermost `with use_backend(...)`, or None: for who asks often and keeps the answer of
+    `get_backend`.
+
+    >>> chosen_backend() is None
+    True
+    """
+    return _CHOSEN.get()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from numlstm.kernels import remat
 from numlstm.kernels.int8 import Quantized
 from numlstm.kernels.sequence import PRECISIONS, check_precision
 
-__all__ = ["PRECISIONS", "Backend", "Kernel", "lookup", "register"]
+__all__ = ["IN_PRECISION", "PRECISIONS", "Backend", "Kernel", "lookup", "register"]
 
 Array = Any
 OPERATIONS = (
@@ -35,6 +35,7 @@ OPERATIONS = (
     "quantized_sequence",  # on int8 weights, for inference
     "quantized_matmul",
 )
+IN_PRECISION = ("sequence", "matmul")  # those whose products follow `compile(precision=...)`
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,12 @@ class Backend:
         if together is None:
             return [self.sequence_backward(**c) for c in calls]
         return together([_split({**c, "residual": c["residual"][1]}, _BACKWARD) for c in calls])
+
+    # Single steps
+    def stack(self, steps: Sequence[Any], batch: int, features: int | None, *, masked: bool) -> Any | None:
+        """Layers to be stepped through in one native call: a `Stack` (kernels/cpu/stream.py) of the layers described
+        by `steps` (kernels/stream.py), or None where the device has no such kernels."""
+        return None
 
     # Products and lookups
     def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:

@@ -5,6 +5,9 @@ Nothing here imports Numba: the registry names the kernels' modules, and the fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .base import Backend, register
 
 __all__ = ["CpuBackend"]
@@ -19,6 +22,12 @@ class CpuBackend(Backend):
 
     name = "cpu"
     device = "cpu"
+
+    def stack(self, steps: Sequence[Any], batch: int, features: int | None, *, masked: bool) -> Any | None:
+        """One native call for the layers that `steps` describes."""
+        from numlstm.kernels.cpu.stream import Stack
+
+        return Stack(steps, batch, features, masked=masked)
 
 
 _FUSED = {  # operation: module of numlstm.kernels.cpu, why

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from numlstm.cli import forecast, text, tools
+from numlstm.cli import forecast, text, tools, warmup
 
 __all__ = ["app", "main"]
 
@@ -36,7 +36,7 @@ app.command("evaluate")(tools.evaluate)
 app.command("predict")(tools.predict)
 app.command("generate")(text.generate)
 app.command("info")(tools.info)
-app.command("warmup")(tools.warmup)
+app.command("warmup")(warmup.warmup)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.bench)
 
 # The base of every usage error; typer carries it under different module names from version to version.

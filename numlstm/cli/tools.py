@@ -1,4 +1,4 @@
-"""`numlstm evaluate`, `predict`, `info`, `warmup` and `bench`: using a model, and looking at the machine.
+"""`numlstm evaluate`, `predict`, `info` and `bench`: using a model, and looking at the machine.
 
 What `evaluate` and `predict` do follows the model file: a language model takes a text, a forecasting model a
 table, and any other model arrays (.npz with `x` and `y`, or .npy).
@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,30 +208,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def warmup(seed: Seed = 0, backend: Backend = None, as_json: Json = False) -> None:
-    """Compile the kernels beforehand.
-
-    The first training then starts at once; compiled kernels stay in the cache that `info` shows.
-    """
-    import numlstm as nl
-
-    with command(as_json, seed, backend) as result:
-        result["seconds"] = {}
-        x = np.zeros((2, 3, 4), dtype=np.float32)
-        y = np.zeros((2, 1), dtype=np.float32)
-        for name in ("LSTM", "GRU", "SimpleRNN"):
-            layer = getattr(nl.layers, name, None)
-            if layer is None:
-                continue
-            began = time.perf_counter()
-            model = nl.Sequential([layer(8, input_shape=(3, 4)), nl.layers.Dense(1)])
-            model.compile(optimizer="adam", loss="mse")
-            model.fit(x, y, epochs=1, verbose=0)
-            model.predict(x, verbose=0)
-            result["seconds"][name] = time.perf_counter() - began
-            print(f"{name:<10} {result['seconds'][name]:5.2f} s")
 
 
 def bench(context: typer.Context) -> None:

@@ -144,6 +144,16 @@ def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache.directory() == tmp_path / "local" / "numlstm"
 
 
+def test_what_keeps_kernels_from_being_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NUMLSTM_CACHE_DIR", str(tmp_path / "new"))
+    assert cache.problem() is None and not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("NUMLSTM_CACHE_DIR", str(tmp_path / "file"))
+    assert "can't be written" in cache.problem()
+    monkeypatch.setenv("NUMLSTM_CACHE_DIR", "")
+    assert "NUMLSTM_CACHE_DIR is empty" in cache.problem()
+
+
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(self: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
