@@ -157,8 +157,8 @@ def pack_pairs(p, shard, shards):
     of_gate, out = get(p, P.X_COLUMN), get(p, P.WP)
     for _ in range(2):
         words = (rows + 1) // 2
-        for u in range(u0, u1):
-            for k in range(words):
+        for k in range(words):  # outermost: the source's rows are read as they lie
+            for u in range(u0, u1):
                 for g in range(gates):
                     a = source + (2 * k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
                     z = out + ((u * words + k) * gates + g) * width * 4

@@ -86,9 +86,9 @@ def pack(p, shard, shards):
     source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
     of_gate, out, step = get(p, P.X_COLUMN), get(p, P.WP), gates * width * 4
     for kind in range(3):  # one body in a loop: LLVM would work through three of them three times
-        for u in range(u0, u1):
-            narrowed = kind == 1 and narrow != 0 and u == blocks - 1
-            for k in range(rows):
+        for k in range(rows):  # outermost: the source's rows are read as they lie
+            for u in range(u0, u1):
+                narrowed = kind == 1 and narrow != 0 and u == blocks - 1
                 z = out + u * rows * step + k * (narrow * 4 if narrowed else step)
                 for g in range(gates):
                     a = source + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4

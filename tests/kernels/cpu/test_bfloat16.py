@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +180,19 @@ def test_names_tell_the_precisions_apart() -> None:
 
     tiles = [microkernel._tile(ir.Module(), 2, 1, ((0, 1),), p).name for p in ("float32", "bfloat16")]
     assert tiles[0] != tiles[1] and ("_dot_" in tiles[1]) == isa.DOT_BF16
+
+
+@pytest.mark.skipif(not isa.IS_X86, reason="the features named are x86's")
+def test_tiles_without_the_instruction(python: Callable) -> None:
+    """Where words are expanded to float32: the same products."""
+    source = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_bfloat16 as t\n"
+        "assert t.LANES == 8 and not t.isa.DOT_BF16\n"
+        "t.test_every_tile_of_pairs(38); t.test_a_row_has_the_same_bits_in_every_tile()\n"
+        "t.test_nan_and_infinity_pass_through_a_product(); t.test_rows_rounded_in_a_kernel(7)"
+    )
+    features = "+avx,+avx2,+fma,-avx512f"
+    python(source, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features, NUMBA_ENABLE_AVX=None)
 
 
 # Sequences
