@@ -13,8 +13,10 @@ import numpy as np
 from .rounding import operand
 
 __all__ = [
+    "Updates",
     "adam_update",
     "batched_matmul",
+    "dense_rows",
     "dropout_mask",
     "embedding",
     "embedding_gradient",
@@ -26,7 +28,10 @@ __all__ = [
     "rmsprop_update",
     "sgd_update",
     "sigmoid",
+    "softmax",
     "softmax_cross_entropy",
+    "softmax_cross_entropy_gradient",
+    "softmax_gradient",
 ]
 
 Array = Any
@@ -53,18 +58,19 @@ def embedding(table: Array, ids: Array) -> Array:
     return table[ids]
 
 
-def embedding_gradient(ids: Array, dy: Array, rows: int) -> Array:
-    """For each of `rows` table rows, the sum of the gradients `dy` (M, E) whose `ids` (M,) took it.
+def embedding_gradient(ids: Array, dy: Array, rows: int) -> tuple[Array, Array]:
+    """The gradient of a table of `rows` rows from `dy` (M, E) and the `ids` (M,) that took them.
 
-    Sorted by row and summed in runs, always in the order of the places: the same bits every time.
+    Returns `index` (rows,), for each row its place among `values` or -1 if nobody took it, and `values` (U, E), the sums,
+    in the order in which the rows were first taken. Each sum goes in the order of the ids.
     """
-    table = np.zeros((rows, dy.shape[1]), dy.dtype)
-    if len(ids):
-        order = np.argsort(ids, kind="stable")
-        taken = ids[order]
-        starts = np.flatnonzero(np.concatenate(([True], taken[1:] != taken[:-1])))
-        table[taken[starts]] = np.add.reduceat(dy[order], starts, axis=0)
-    return table
+    index = np.full(rows, -1, np.int64)
+    taken, first, slots = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    index[taken[order]] = place = np.arange(len(taken))
+    values = np.zeros((len(taken), dy.shape[1]), dy.dtype)
+    np.add.at(values, place[np.argsort(order, kind="stable")][slots.reshape(-1)], dy)
+    return index, values
 
 
 # Functions
@@ -101,16 +107,36 @@ def erf(x: Array) -> Array:
     return np.copysign(np.where(z <= 0.46875, near, far), x).astype(x.dtype, copy=False)
 
 
-def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Losses (M,) of `logits` (M, V) against integer `labels` (M,), and their gradient (M, V)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    d = np.exp(shifted)
-    total = d.sum(axis=1, keepdims=True)
-    at = np.arange(len(labels)), labels
-    losses = np.log(total[:, 0]) - shifted[at]
-    d /= total
-    d[at] -= 1
-    return losses, d
+def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Any]:
+    """Losses (M,) of `logits` (M, V) against integer `labels` (M,), and what the gradient needs."""
+    top = logits.max(axis=1, keepdims=True)
+    shifted = logits - top
+    right = shifted[np.arange(len(labels)), labels]
+    total = np.exp(shifted, out=shifted).sum(axis=1, keepdims=True)
+    return np.log(total[:, 0]) - right, (logits, labels, top, total)
+
+
+def softmax_cross_entropy_gradient(residual: Any, dlosses: Array) -> Array:
+    """The gradient of the logits (M, V) from that of the losses (M,). A loss whose gradient is 0 gives a row of zeros."""
+    logits, labels, top, total = residual
+    d = logits - top
+    np.exp(d, out=d)
+    d *= dlosses[:, None] / total
+    d[np.arange(len(labels)), labels] -= dlosses
+    d[dlosses == 0] = 0
+    return d
+
+
+def softmax(x: Array) -> Array:
+    """exp(x) over its sum, along the rows of x (M, V)."""
+    y = np.exp(x - x.max(axis=1, keepdims=True))
+    y /= y.sum(axis=1, keepdims=True)
+    return y
+
+
+def softmax_gradient(y: Array, dy: Array) -> Array:
+    """The gradient of x (M, V) from that of y = softmax(x), y (dy - the sum of y dy)."""
+    return y * (dy - (dy * y).sum(axis=1, keepdims=True))
 
 
 # Layer normalisation: Ba, Kiros and Hinton 2016, equation 4
@@ -227,3 +253,57 @@ def adam_update(
         np.maximum(vhat, v, out=vhat)
         v = vhat
     w -= lr_t * m / (np.sqrt(v) + eps)
+
+
+_RULES = {"sgd": sgd_update, "rmsprop": rmsprop_update, "adam": adam_update}
+
+
+class Updates:
+    """An optimizer's step over many variables, ready to be taken again and again.
+
+    Arguments:
+        rule: "sgd", "rmsprop" or "adam".
+        variables: for each its array and its slots, in the order of the rule's function, None where one is not used.
+        decays: for each whether weight decay is for it; none if not given.
+    """
+
+    def __init__(self, rule: str, variables: Any, decays: Any = None) -> None:
+        self.rule, self.variables = rule, list(variables)
+        self.decays = [False] * len(self.variables) if decays is None else list(decays)
+
+    def __call__(self, gradients: Any, options: tuple[Any, ...], decay: float = 0.0) -> None:
+        """Take the step, in place.
+
+        Arguments:
+            gradients: for each variable an array of its shape; or a pair (index, values) as `embedding_gradient` gives it,
+                the rows that are not zero; or None to leave it as it is.
+            options: what the rule's function takes after the slots (Adam's but for the weight decay).
+            decay: learning rate times weight decay.
+
+        Raises:
+            ValueError: a gradient of another shape.
+        """
+        for (w, slots), g, decays in zip(self.variables, gradients, self.decays, strict=True):
+            if g is None:
+                continue
+            if type(g) is tuple:
+                g = dense_rows(*g)
+            if g.shape != w.shape:
+                raise ValueError(
+                    f"{self.rule}: gradient of shape {g.shape} for a variable of shape {w.shape}"
+                )
+            amount = decay if decays else 0.0
+            if self.rule == "adam":
+                adam_update(w, g, *slots, *options, amount)
+                continue
+            if amount:
+                w *= w.dtype.type(1 - amount)
+            _RULES[self.rule](w, g, *slots, *options)
+
+
+def dense_rows(index: Array, values: Array) -> Array:
+    """The whole gradient that (index, values) stand for, as `embedding_gradient` gives them."""
+    whole = np.zeros((len(index), *values.shape[1:]), values.dtype)
+    taken = index >= 0
+    whole[taken] = values[index[taken]]
+    return whole

@@ -19,10 +19,12 @@ from typing import Any, Union
 import numpy as np
 
 from numlstm.kernels.int8 import LEVELS, Quantized
+from numlstm.kernels.reference_pointwise import dense_rows
 
 __all__ = [
     "GradientTape",
     "QuantizedVariable",
+    "RowGradient",
     "Tensor",
     "Variable",
     "apply",
@@ -59,6 +61,9 @@ def _holds_arrays(data: Any) -> bool:
     return hasattr(data, "dtype") or hasattr(data, "__array__")
 
 
+_FLOAT32 = np.dtype(np.float32)
+
+
 class Tensor:
     """An array whose computation a `GradientTape` can differentiate.
 
@@ -88,7 +93,10 @@ class Tensor:
     _origin: tuple[object, int, int] | None
 
     def __init__(self, data: TensorLike, dtype: Any = None) -> None:
-        self.data = _as_array(data, dtype)
+        if type(data) is np.ndarray and data.dtype is _FLOAT32 and (dtype is None or dtype == "float32"):
+            self.data = data  # what nearly always comes: nothing to look at
+        else:
+            self.data = _as_array(data, dtype)
         self.mask = None
         self._origin = None
 
@@ -427,18 +435,48 @@ class _Scale(Variable):
         self.owner._matrix = None
 
 
-class _Node:
-    """One recorded operation: its inputs that need a gradient, and how to get it.
+class RowGradient:
+    """The gradient of a table (V, E) of whose rows few were taken: those rows alone.
 
-    `vjp` is one function for each input, for an operation of one output (`outputs` is 0), or else one
-    function for all inputs, called with the gradients of all `outputs`.
+    Arguments:
+        index: int64 (V,), for each row its place among `values`, -1 where the gradient is zero.
+        values: (U, E), the rows that are not zero, each once.
+
+    >>> g = RowGradient(np.array([-1, 0]), np.array([[2.0, 3.0]], np.float32))
+    >>> g.shape, g.dense().tolist()
+    ((2, 2), [[0.0, 0.0], [2.0, 3.0]])
     """
 
-    __slots__ = ("inputs", "outputs", "vjp")
+    __slots__ = ("index", "values")
+    __array_ufunc__ = None  # array + gradient is ours
 
-    def __init__(self, inputs: tuple[Tensor, ...], vjp: Any, outputs: int) -> None:
-        self.inputs, self.vjp, self.outputs = inputs, vjp, outputs
+    def __init__(self, index: Array, values: Array) -> None:
+        self.index, self.values = index, values
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.values.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    def dense(self) -> Array:
+        """The whole array."""
+        return dense_rows(self.index, self.values)
+
+    def __add__(self, other: Any) -> Array:
+        return self.dense() + (other.dense() if isinstance(other, RowGradient) else other)
+
+    __radd__ = __add__
+
+
+# One recorded operation: its inputs that need a gradient; how to get it, one function for each input of an operation
+# of one output, or else one function of the gradients of all outputs for all inputs; how many outputs, 0 for the former.
+# An input is its shape, the node and the output that made it, and the Tensor itself if no node did: what an operation
+# made is kept only by whoever needs its values.
+_Input = tuple[tuple[int, ...], int, int, Union["Tensor", None]]
+_Node = tuple[Sequence[_Input], Any, int]
 
 _ACTIVE: ContextVar[GradientTape | None] = ContextVar("numlstm_tape", default=None)
 
@@ -463,7 +501,7 @@ class GradientTape:
 
     def __init__(self, persistent: bool = False) -> None:
         self.persistent = persistent
-        self._nodes: list[_Node | None] = []
+        self._nodes: list[_Node | None] = []  # in the order of computation
         self._token = object()  # what tensors point at: a loss that is kept does not keep the tape
         self._spent = False
         self._entered: Token[GradientTape | None] | None = None
@@ -501,7 +539,12 @@ class GradientTape:
         return tensor.trainable or (origin is not None and origin[0] is self._token)
 
     def gradient(
-        self, loss: Tensor, sources: Sequence[Tensor], output_gradient: TensorLike | None = None
+        self,
+        loss: Tensor,
+        sources: Sequence[Tensor],
+        output_gradient: TensorLike | None = None,
+        *,
+        rows: bool = False,
     ) -> list[Array]:
         """The gradient of `loss` with respect to each of `sources`: arrays of their shapes and dtypes.
 
@@ -509,6 +552,8 @@ class GradientTape:
             loss: what was computed under this tape; one value, unless `output_gradient` is given.
             sources: Variables, watched tensors, or results computed from those under this tape.
             output_gradient: the gradient of some later value with respect to `loss`; 1 if not given.
+            rows: leave the gradient of a table that only `embedding` reads as a `RowGradient`, which optimizers
+                take.
 
         Returns one array for each source; zeros where the loss does not depend on it. No two share memory.
 
@@ -526,14 +571,18 @@ class GradientTape:
         self._check(loss, sources)
         seed = self._seed(loss, output_gradient)
         self._spent = not self.persistent
+        token = self._token
         leaves: dict[int, Array] = {}  # by id(source)
         inner: dict[tuple[int, int], Array] = {}  # by (place, output): sources computed under the tape
-        places = [self._place(source) for source in sources]
-        for source, place in zip(sources, places, strict=True):
-            if place is None:
+        places = []
+        for source in sources:
+            origin = source._origin
+            if origin is None or origin[0] is not token or origin[1] < 0:
                 leaves[id(source)] = None
+                places.append(None)
             else:
-                inner[place] = None
+                inner[origin[1:]] = None
+                places.append(origin[1:])
         place = self._place(loss)
         if place is not None:
             self._walk(place, seed, leaves, inner)
@@ -542,6 +591,8 @@ class GradientTape:
         if not self.persistent:
             self._nodes.clear()
         found = [leaves[id(s)] if p is None else inner[p] for s, p in zip(sources, places, strict=True)]
+        if not rows:
+            found = [g.dense() if type(g) is RowGradient else g for g in found]
         return _own(found, sources, seed)
 
     def _place(self, tensor: Tensor) -> tuple[int, int] | None:
@@ -570,7 +621,11 @@ class GradientTape:
                 raise ValueError(
                     f"loss: shape {loss.shape} came, expected one value: take its mean, or give a gradient"
                 )
-            return np.ones_like(loss.data)
+            return (
+                np.ones(loss.data.shape, loss.data.dtype)
+                if type(loss.data) is np.ndarray
+                else np.ones_like(loss.data)
+            )
         seed = _as_array(output_gradient, loss.dtype)
         if seed.shape != loss.shape:
             raise ValueError(f"output_gradient: shape {seed.shape} came, expected the loss's {loss.shape}")
@@ -580,49 +635,53 @@ class GradientTape:
         self, place: tuple[int, int], seed: Array, leaves: dict[int, Array], inner: dict[Any, Array]
     ) -> None:
         """Send `seed` back from `place` through every node before it; fill in `leaves` and `inner`."""
-        nodes, token = self._nodes, self._token
+        nodes, persistent = self._nodes, self.persistent
         top = place[0]
         # What has arrived so far at each node: one array, or a list of them for a node with several outputs.
         arrived: list[Any] = [None] * (top + 1)
         arrived[top] = seed
-        if nodes[top].outputs:  # type: ignore[union-attr]
-            arrived[top] = [None] * nodes[top].outputs  # type: ignore[union-attr]
+        if nodes[top][2]:  # type: ignore[index]
+            arrived[top] = [None] * nodes[top][2]  # type: ignore[index]
             arrived[top][place[1]] = seed
         for at in range(top, -1, -1):
             node, dy = nodes[at], arrived[at]
             arrived[at] = None
-            if not self.persistent:
+            if not persistent:
                 nodes[at] = None
             if dy is None or node is None:
                 continue
+            inputs, vjp, outputs = node
             if inner:
-                for output, d in enumerate(dy if node.outputs else (dy,)):
+                for output, d in enumerate(dy if outputs else (dy,)):
                     if (at, output) in inner:
                         inner[at, output] = d
-            gradients = node.vjp(*dy) if node.outputs else [f(dy) for f in node.vjp]
-            for x, g in zip(node.inputs, gradients, strict=True):
+            gradients = vjp(*dy) if outputs else [f(dy) for f in vjp]
+            # Let go of what is not needed any more before the next operation asks for memory.
+            del node, dy, vjp
+            for (shape, to, output, leaf), g in zip(inputs, gradients, strict=True):
                 if g is None:
                     continue
-                if g.shape != x.data.shape:
-                    g = _unbroadcast(g, x.data.shape)
-                origin = x._origin
-                if origin is None or origin[0] is not token or origin[1] < 0:
-                    key = id(x)
+                if g.shape != shape:
+                    g = _unbroadcast(g, shape)
+                if leaf is not None:
+                    key = id(leaf)
                     if key in leaves:
                         before = leaves[key]
                         leaves[key] = g if before is None else before + g
                     continue
-                to = origin[1]
-                outputs = nodes[to].outputs  # type: ignore[union-attr]
-                if not outputs:
+                if type(g) is RowGradient:
+                    g = g.dense()
+                several = nodes[to][2]  # type: ignore[index]
+                if not several:
                     before = arrived[to]
                     arrived[to] = g if before is None else before + g
                 else:
                     slots = arrived[to]
                     if slots is None:
-                        slots = arrived[to] = [None] * outputs
-                    before = slots[origin[2]]
-                    slots[origin[2]] = g if before is None else before + g
+                        slots = arrived[to] = [None] * several
+                    before = slots[output]
+                    slots[output] = g if before is None else before + g
+            g = gradients = None
 
 
 def _unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
@@ -641,11 +700,15 @@ def _own(gradients: list[Array], sources: list[Tensor], seed: Array) -> list[Arr
     neighbours: dict[int, list[Array]] = {_owner(seed): [seed]}
     result = []
     for g, source in zip(gradients, sources, strict=True):
+        data = source.data
         if g is None:
-            result.append(np.zeros_like(source.data))
+            result.append(np.zeros_like(data))
             continue
-        if g.dtype != source.data.dtype or not isinstance(g, type(source.data)):
-            g = np.asarray(g, source.data.dtype)
+        if type(g) is RowGradient:
+            result.append(g)
+            continue
+        if not isinstance(g, type(data)) or g.dtype != data.dtype:
+            g = np.asarray(g, data.dtype)
         others = neighbours.setdefault(_owner(g), [])
         if not g.flags.writeable or (others and any(np.may_share_memory(g, other) for other in others)):
             g = g.copy()
@@ -656,7 +719,8 @@ def _own(gradients: list[Array], sources: list[Tensor], seed: Array) -> list[Arr
 
 
 def _owner(a: Array) -> int:
-    return id(a if a.base is None else a.base)
+    base = a.base
+    return id(a if base is None else base)
 
 
 def is_recording() -> bool:
@@ -668,8 +732,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     """Is a tape recording that follows one of these? An operation asks before it keeps anything costly."""
     tape = _ACTIVE.get()
     if tape is not None:
+        token = tape._token
         for t in tensors:
-            if t is not None and tape._follows(t):
+            if t is not None and (t.trainable or ((o := t._origin) is not None and o[0] is token)):
                 return True
     return False
 
@@ -688,18 +753,28 @@ def apply(data: Array, *edges: tuple[Tensor, VJP]) -> Tensor:
     >>> tape.gradient(y, [x])[0]
     array([ 3., 12.], dtype=float32)
     """
-    out = Tensor.__new__(Tensor)
+    out = _new(Tensor)
     out.data = np.asarray(data) if isinstance(data, np.generic) else data
     out.mask = out._origin = None
     tape = _ACTIVE.get()
     if tape is not None:
-        token = tape._token
-        followed = [e for e in edges if e[0].trainable or ((o := e[0]._origin) is not None and o[0] is token)]
-        if followed:
-            inputs, vjps = zip(*followed, strict=True)
-            out._origin = (token, len(tape._nodes), 0)
-            tape._nodes.append(_Node(inputs, vjps, 0))
+        token, inputs, vjps = tape._token, [], []
+        for x, vjp in edges:
+            origin = x._origin
+            if origin is not None and origin[0] is token and origin[1] >= 0:
+                inputs.append((x.data.shape, origin[1], origin[2], None))
+                vjps.append(vjp)
+            elif x.trainable or (origin is not None and origin[0] is token):
+                inputs.append((x.data.shape, -1, 0, x))
+                vjps.append(vjp)
+        if inputs:
+            nodes = tape._nodes
+            out._origin = (token, len(nodes), 0)
+            nodes.append((inputs, vjps, 0))
     return out
+
+
+_new = Tensor.__new__
 
 
 def apply_joint(
@@ -710,14 +785,30 @@ def apply_joint(
     `vjp` is called with one gradient for each output, None for an output that the loss does not use, and
     gives one for each of `inputs`, or None.
     """
-    outs = tuple(Tensor(d) for d in data)
+    outs = tuple([_of_array(d) for d in data])
     if needs_gradient(*inputs):
         tape = _ACTIVE.get()
-        place = len(tape._nodes)
+        token, nodes = tape._token, tape._nodes
+        place = len(nodes)
         for k, out in enumerate(outs):
-            out._origin = (tape._token, place, k)
-        tape._nodes.append(_Node(tuple(inputs), vjp, len(outs)))
+            out._origin = (token, place, k)
+        nodes.append(([_input(x, token) for x in inputs], vjp, len(outs)))
     return outs
+
+
+def _input(x: Tensor, token: object) -> _Input:
+    origin = x._origin
+    if origin is not None and origin[0] is token and origin[1] >= 0:
+        return x.data.shape, origin[1], origin[2], None
+    return x.data.shape, -1, 0, x
+
+
+def _of_array(data: Array) -> Tensor:
+    """A Tensor of an array that an operation has made, which needs no looking at."""
+    out = _new(Tensor)
+    out.data = np.asarray(data) if isinstance(data, np.generic) else data
+    out.mask = out._origin = None
+    return out
 
 
 # Last, because ops.py is made of the names above, and the operators of a Tensor are made of ops.

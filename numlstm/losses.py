@@ -97,6 +97,8 @@ class Loss(Configurable):
     def reduce(self, values: Tensor, sample_weight: Any = None, mask: Any = None) -> Tensor:
         """Weigh and average `values`, what `call` gave."""
         weights = None if sample_weight is None else _fit("sample_weight", sample_weight, values)
+        if weights is None and mask is None and self.reduction in ("sum_over_batch_size", "mean"):
+            return weighted_sum(values, None, 1.0 / values.size if values.size else 0.0)
         # A function that gives one number in all has seen to its mask itself.
         counted = None if mask is None or not values.ndim else _fit("mask", mask, values)
         divisor: float = values.size
@@ -114,15 +116,17 @@ class Loss(Configurable):
 
 def weighted_sum(values: Tensor, weights: np.ndarray | None, scale: float) -> Tensor:
     """`scale * sum(values * weights)` as one operation: the end of every loss, so it should cost little."""
-    data = values.data if weights is None else values.data * weights
-    shape, factor = values.shape, values.dtype.type(scale)
+    data = values.data
+    shape, factor = data.shape, data.dtype.type(scale)
+    if weights is not None:
+        data = data * weights
 
     def vjp(dy: Any) -> Any:
         if weights is None:
             return np.full(shape, dy * factor)
         return np.broadcast_to(weights * (dy * factor), shape)
 
-    return apply(data.sum() * factor, (values, vjp))
+    return apply(np.add.reduce(data, None) * factor, (values, vjp))
 
 
 def _fit(name: str, weights: Any, values: Tensor) -> np.ndarray:
@@ -139,12 +143,16 @@ def pair(y_true: Any, y_pred: Any) -> tuple[Tensor, Tensor]:
     """Both as Tensors of one dtype and shape; a missing last axis of length 1 is put in where it lacks."""
     if not isinstance(y_pred, Tensor):
         y_pred = Tensor(y_pred)
-    if y_pred.dtype.kind != "f":
+    dtype = y_pred.data.dtype
+    if dtype.kind != "f":
         y_pred = y_pred.astype(np.float32)
+        dtype = y_pred.data.dtype
     if not isinstance(y_true, Tensor):
-        y_true = Tensor(np.asarray(y_true, y_pred.dtype))
-    elif y_true.dtype != y_pred.dtype:
-        y_true = y_true.astype(y_pred.dtype)
+        if type(y_true) is not np.ndarray or y_true.dtype is not dtype:
+            y_true = np.asarray(y_true, dtype)
+        y_true = Tensor(y_true)
+    elif y_true.dtype != dtype:
+        y_true = y_true.astype(dtype)
     if y_true.shape != y_pred.shape:
         if (*y_true.shape, 1) == y_pred.shape:
             y_true = y_true.reshape(y_pred.shape)
@@ -172,14 +180,17 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Tensor:
     y_true, y_pred = pair(y_true, y_pred)
     error = y_pred.data - y_true.data
     width = error.shape[-1]
+    slope = error.dtype.type(2 / width)
     if width == 1:  # the usual regression: nothing to average
-        values = np.square(error[..., 0])
+        flat = error.reshape(error.shape[:-1])
+        values = flat * flat
     else:
         values = np.einsum("...i,...i->...", error, error) * error.dtype.type(1 / width)
-    slope = error.dtype.type(2 / width)
 
     def vjp(dy: Any) -> Any:
-        return dy[..., None] * (slope * error)
+        d = slope * error
+        d *= dy[..., None]
+        return d
 
     return apply(values, (y_pred, vjp), (y_true, lambda dy: -vjp(dy)))
 

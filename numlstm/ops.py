@@ -23,6 +23,7 @@ from numlstm import random
 from numlstm.autograd import (
     Array,
     QuantizedVariable,
+    RowGradient,
     Tensor,
     TensorLike,
     apply,
@@ -442,7 +443,12 @@ def clip(x: TensorLike, low: float, high: float) -> Tensor:
 def softmax(x: TensorLike, axis: int = -1) -> Tensor:
     """exp(x) over its sum along an axis."""
     x = _floating(x)
-    y = np.exp(x.data - x.data.max(axis=axis, keepdims=True))
+    u = x.data
+    if u.size and axis in (-1, u.ndim - 1):
+        rows, backend = _Rows(u), get_backend(like=u)
+        p = backend.softmax(rows.of(u))
+        return apply(rows.home(p), (x, lambda dy: rows.home(backend.softmax_gradient(p, rows.of(dy)))))
+    y = np.exp(u - u.max(axis=axis, keepdims=True))
     y /= y.sum(axis=axis, keepdims=True)
     return apply(y, (x, lambda dy: y * (dy - (dy * y).sum(axis=axis, keepdims=True))))
 
@@ -637,6 +643,8 @@ def repeat(x: TensorLike, repeats: int, axis: int) -> Tensor:
 
 def astype(x: TensorLike, dtype: Any) -> Tensor:
     """Converted to another dtype; the gradient is converted back. Itself if it has that dtype."""
+    if isinstance(x, Tensor) and x.data.dtype is dtype:
+        return x
     x = tensor(x)
     if x.dtype == dtype:
         return x
@@ -704,27 +712,34 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
     """
     quantized = isinstance(w, QuantizedVariable)
     w = w if quantized else _floating(w)
-    x = astype(x, np.float32 if quantized else w.dtype)
-    if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[0]:
+    weights = w.data
+    x = astype(x, np.float32 if quantized else weights.dtype)
+    u, offsets = x.data, None
+    if weights.ndim != 2 or not u.ndim or u.shape[-1] != weights.shape[0]:
         raise ValueError(
             f"linear: x of shape {x.shape} and w of shape {w.shape} came, expected (..., I) and (I, O)"
         )
     if b is not None:
-        b = astype(b, x.dtype)
-        if b.shape != w.shape[1:]:
+        b = astype(b, u.dtype)
+        offsets = b.data
+        if offsets.shape != weights.shape[1:]:
             raise ValueError(f"linear: b of shape {b.shape} came, expected {w.shape[1:]}")
-    rows, product, weights = _Rows(x.data), get_backend(like=w.data).matmul, w.data
+    product = get_backend(like=weights).matmul
     if quantized:
         _refuse_gradient(x, *(() if b is None else (b,)))
         weights = w.matrix
-    u = rows.of(x.data)
-    y = rows.home(product(u, weights, None if b is None else b.data))
+    if u.ndim == 2:
+        of = home = _same
+    else:
+        rows = _Rows(u)
+        of, home, u = rows.of, rows.home, rows.of(u)
+    y = home(product(u, weights, offsets))
     edges = [
-        (x, lambda dy: rows.home(product(rows.of(dy), weights.T))),
-        (w, lambda dy: product(u.T, rows.of(dy))),
+        (x, lambda dy: home(product(of(dy), weights.T))),
+        (w, lambda dy: product(u.T, of(dy))),
     ]
     if b is not None:
-        edges.append((b, lambda dy: rows.of(dy).sum(axis=0)))
+        edges.append((b, lambda dy: np.add.reduce(of(dy), 0)))
     return apply(y, *edges)
 
 
@@ -745,12 +760,16 @@ def embedding(table: TensorLike, ids: TensorLike) -> Tensor:
         raise ValueError(f"table: shape {table.shape} came, expected (rows, features)")
     _check_range("ids", places, table.shape[0], "the table's rows")
     backend, (count, width) = get_backend(like=table.data), table.shape
-    rows = _Rows(places[..., None])
+    if places.ndim == 2:  # time-major, as `recurrent` reads it
+        y = backend.embedding(table.data, places.T).swapaxes(0, 1)
+    else:
+        y = backend.embedding(table.data, places)
 
-    def vjp(dy: Array) -> Array:
-        return backend.embedding_gradient(rows.flat(places), rows.flat(dy, (width,)), count)
+    def vjp(dy: Array) -> RowGradient:
+        rows = _Rows(dy)
+        return RowGradient(*backend.embedding_gradient(rows.flat(places), rows.flat(dy, (width,)), count))
 
-    return apply(backend.embedding(table.data, places), (table, vjp))
+    return apply(y, (table, vjp))
 
 
 def _check_range(name: str, values: Array, count: int, what: str) -> None:
@@ -925,37 +944,49 @@ class _Sequence:
     ) -> None:
         quantized = isinstance(kernel, QuantizedVariable)
         self.kernel = kernel = kernel if quantized else _floating(kernel)
-        dtype = np.dtype(np.float32) if quantized else kernel.dtype
-        x, recurrent_kernel = (
-            astype(x, dtype),
-            recurrent_kernel if quantized else astype(recurrent_kernel, dtype),
-        )
-        bias = None if bias is None else astype(bias, dtype)
-        params = tuple(astype(p, dtype) for p in params)
-        state = None if state is None else tuple(astype(s, dtype) for s in state)
-        if projection is not None and not quantized:
-            projection = astype(projection, dtype)
+        dtype = np.dtype(np.float32) if quantized else kernel.data.dtype
+        of_weights = (lambda w, _: w) if quantized else astype  # int8 weights have their own dtype
+        x, recurrent_kernel = astype(x, dtype), of_weights(recurrent_kernel, dtype)
+        inputs = [x, kernel, recurrent_kernel]
+        if bias is not None:
+            bias = astype(bias, dtype)
+            inputs.append(bias)
+        if params:
+            params = tuple([astype(p, dtype) for p in params])
+            inputs += params
+        if state is not None:
+            state = tuple([astype(s, dtype) for s in state])
+            inputs += state
+        if projection is not None:
+            projection = of_weights(projection, dtype)
+            inputs.append(projection)
         valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
         _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)
 
-        self.inputs = (
-            x, kernel, recurrent_kernel, *(() if bias is None else (bias,)), *params, *(state or ()),
-            *(() if projection is None else (projection,)),
-        )  # fmt: skip
-        self.has_bias, self.has_state, self.projects = (a is not None for a in (bias, state, projection))
-        self.recorded, self.need_dx = needs_gradient(*self.inputs), needs_gradient(x)
+        self.inputs = inputs
+        self.has_bias, self.has_state, self.projects = (
+            bias is not None,
+            state is not None,
+            projection is not None,
+        )
+        self.recorded, self.need_dx = needs_gradient(*inputs), needs_gradient(x)
         self.direction, self.finals = -1 if reverse else 1, len(cell.state)
+        steps = x.data.swapaxes(0, 1)
+        if valid is not None:
+            valid = valid.T
+        if reverse:
+            steps, valid = steps[::-1], None if valid is None else valid[::-1]
         self.arguments: dict[str, Any] = {
             "cell": cell,
-            "x": x.data.swapaxes(0, 1)[:: self.direction],
+            "x": steps,
             "kernel": kernel.data,
             "recurrent_kernel": recurrent_kernel.data,
             "bias": None if bias is None else bias.data,
-            "params": tuple(p.data for p in params),
-            "state": None if state is None else tuple(s.data for s in state),
-            "valid": None if valid is None else valid.T[:: self.direction],
+            "params": tuple([p.data for p in params]),
+            "state": None if state is None else tuple([s.data for s in state]),
+            "valid": valid,
             "training": self.recorded or bool(training),
-            "aux": tuple(np.asarray(a, dtype).swapaxes(0, 1) for a in aux),
+            "aux": tuple([np.asarray(a, dtype).swapaxes(0, 1) for a in aux]),
             "recurrent_mask": (
                 None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1)
             ),
@@ -973,23 +1004,38 @@ class _Sequence:
         """The results, batch-major: every output, the last states, the other states' sequences."""
         self.residual, self.kept = out.residual, out.states is not None
         del self.arguments  # what the backward pass needs of them, the residual holds
-        sequences = [s.swapaxes(0, 1) for s in (out.h, *(out.states or ()))]
-        return [sequences[0], *out.final, *sequences[1:]]
+        results = [out.h.swapaxes(0, 1), *out.final]
+        if self.kept:
+            results += [s.swapaxes(0, 1) for s in out.states]
+        return results
 
     def upstream(self, d: Sequence[Array | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the backward pass, from the gradients that arrive at the results."""
         last = 1 + self.finals
-        dh, *dstates = (None if g is None else g.swapaxes(0, 1) for g in (d[0], *d[last:]))
+        dh = d[0]
         options: dict[str, Any] = {"need_dx": self.need_dx}
-        if any(g is not None for g in dstates):
-            options["dstates"] = tuple(dstates)
-        return (self.residual, dh, tuple(d[1:last])), options
+        dstates = tuple([None if g is None else g.swapaxes(0, 1) for g in d[last:]])
+        for g in dstates:
+            if g is not None:
+                options["dstates"] = dstates
+                break
+        return (self.residual, None if dh is None else dh.swapaxes(0, 1), d[1:last]), options
 
     def gradients(self, g: Any) -> list[Array | None]:
         """The kernel's gradients in the order of `inputs`."""
-        dx = g.x[:: self.direction].swapaxes(0, 1) if self.need_dx else None
-        found = [dx, g.kernel, g.recurrent_kernel, *((g.bias,) if self.has_bias else ()), *g.params]
-        return [*found, *(g.state if self.has_state else ()), *((g.projection,) if self.projects else ())]
+        found = [
+            g.x[:: self.direction].swapaxes(0, 1) if self.need_dx else None,
+            g.kernel,
+            g.recurrent_kernel,
+        ]
+        if self.has_bias:
+            found.append(g.bias)
+        found += g.params
+        if self.has_state:
+            found += g.state
+        if self.projects:
+            found.append(g.projection)
+        return found
 
 
 def _quantized(weights: Any) -> Quantized:
@@ -1017,9 +1063,8 @@ def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:
     """Run one sequence, or a pair of them, as one operation: one call of the backend each way."""
     backend = get_backend(like=sequences[0].kernel.data)
     if len(sequences) == 1:
-        outs = [backend.sequence_forward(**sequences[0].arguments)]
-    else:
-        outs = backend.sequence_forward_pair([s.arguments for s in sequences])
+        return [_run_sequence(backend, sequences[0])]
+    outs = backend.sequence_forward_pair([s.arguments for s in sequences])
     results = [s.keep(out) for s, out in zip(sequences, outs, strict=True)]
     stops = np.cumsum([len(r) for r in results]).tolist()
     places = [slice(stop - len(r), stop) for r, stop in zip(results, stops, strict=True)]
@@ -1045,11 +1090,24 @@ def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:
 
     inputs = [t for s in sequences for t in s.inputs]
     outputs = apply_joint([a for r in results for a in r], inputs, vjp)
-    given = []
-    for s, place in zip(sequences, places, strict=True):
-        mine, last = outputs[place], 1 + s.finals
-        given.append((mine[0], mine[1:last], mine[last:] if s.kept else None))
-    return given
+    return [_given(s, outputs[place]) for s, place in zip(sequences, places, strict=True)]
+
+
+def _run_sequence(backend: Any, sequence: _Sequence) -> Sequences:
+    """Run one sequence."""
+
+    def vjp(*d: Array | None) -> list[Array | None]:
+        upstream, options = sequence.upstream(d)
+        return sequence.gradients(backend.sequence_backward(*upstream, **options))
+
+    results = sequence.keep(backend.sequence_forward(**sequence.arguments))
+    return _given(sequence, apply_joint(results, sequence.inputs, vjp))
+
+
+def _given(sequence: _Sequence, outputs: tuple[Tensor, ...]) -> Sequences:
+    """What `recurrent` returns, of all the results of a sequence."""
+    last = 1 + sequence.finals
+    return outputs[0], outputs[1:last], outputs[last:] if sequence.kept else None
 
 
 def _check_recurrent(
@@ -1068,8 +1126,9 @@ def _check_recurrent(
         raise ValueError(f"x: shape {x.shape} came, expected rank 3: (batch, time, features)")
     if projection is not None and projection.ndim != 2:
         raise ValueError(f"projection: shape {projection.shape} came, expected rank 2: (units, outputs)")
-    P = recurrent_kernel.shape[0] if recurrent_kernel.ndim else 0
-    (B, T, I), H = x.shape, P
+    shape = recurrent_kernel.data.shape
+    P = shape[0] if shape else 0
+    (B, T, I), H = x.data.shape, P
     if projection is not None:
         H, P = projection.shape
     columns = len(cell.gates) * H
@@ -1128,12 +1187,35 @@ def sparse_categorical_crossentropy(
         right = right.astype(np.int64)
     _check_range("labels", right, predictions.shape[-1], "the classes")
     if not from_logits:
-        grid = tuple(np.indices(right.shape, sparse=True)) if right.ndim else ()
-        return negative(log(getitem(_probabilities(predictions), (*grid, right))))
+        return _right_probability(predictions, right)
     rows = _Rows(predictions.data)
     backend = get_backend(like=predictions.data)
-    losses, d = backend.softmax_cross_entropy(rows.of(predictions.data), rows.flat(right))
-    return apply(rows.home(losses), (predictions, lambda dy: rows.home(d * rows.flat(dy)[:, None])))
+    losses, residual = backend.softmax_cross_entropy(rows.of(predictions.data), rows.flat(right))
+
+    def vjp(dy: Array) -> Array:
+        return rows.home(backend.softmax_cross_entropy_gradient(residual, rows.flat(dy)))
+
+    return apply(rows.home(losses), (predictions, vjp))
+
+
+def _right_probability(predictions: Tensor, right: Array) -> Tensor:
+    """-log of `_probabilities` at the right class, in one operation: of a large vocabulary's (..., V) values it makes no
+    more than their gradient."""
+    rows = _Rows(predictions.data)
+    p, labels = rows.of(predictions.data), rows.flat(right)
+    at = np.arange(len(labels)), labels
+    whole = p.sum(axis=-1)
+    share = p[at] / whole
+    held = np.clip(share, _TINY, 1 - _TINY)
+
+    def vjp(dy: Array) -> Array:
+        d = np.where((share > _TINY) & (share < 1 - _TINY), rows.flat(dy) / (held * whole), 0).astype(p.dtype)
+        dp = np.empty_like(p)
+        dp[...] = (d * share)[:, None]
+        dp[at] -= d
+        return rows.home(dp)
+
+    return apply(rows.home(-np.log(held)), (predictions, vjp))
 
 
 def _probabilities(p: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Optimizers: one fused, in-place update a variable and step, with Keras' names, defaults and formulas.
+"""Optimizers: one fused, in-place update a step, of all variables, with Keras' names, defaults and formulas.
 
 An optimizer computes scalars (the learning rate of this step, bias corrections), clips the gradients, and
-hands arrays to the backend's `*_update`. Where Keras and PyTorch differ, Keras is followed: Adam's epsilon is
-added to the uncorrected root (Kingma & Ba 2015, the note before section 2.1), RMSprop's is added under the
-root, and weight decay is always decoupled (Loshchilov & Hutter 2019): `w -= learning_rate * weight_decay * w`
-before the update.
+hands all of them to the backend's `updates` in one call. Where Keras and PyTorch differ, Keras is followed:
+Adam's epsilon is added to the uncorrected root (Kingma & Ba 2015, the note before section 2.1), RMSprop's is
+added under the root, and weight decay is always decoupled (Loshchilov & Hutter 2019):
+`w -= learning_rate * weight_decay * w` before the update.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import numpy as np
 
 from numlstm import schedules
-from numlstm.autograd import Variable
+from numlstm.autograd import RowGradient, Variable
 from numlstm.backend import get_backend
 from numlstm.registry import Configurable, Registry, serialize
 from numlstm.schedules import LearningRateSchedule
@@ -38,8 +38,9 @@ class CommonOptions(TypedDict, total=False):
 
 
 class Optimizer(Configurable):
-    """Base of all optimizers: learning rate, clipping, weight decay, state. Subclasses define `slot_names`
-    and `_step`.
+    """Base of all optimizers: learning rate, clipping, weight decay, state. Subclasses define `rule`,
+    `slot_names`, `_options` and, where the rule takes slots that they lack, `_arguments`; or, for a formula of
+    their own, `slot_names` and `_update`.
 
     Arguments:
         learning_rate: a number >= 0, a `LearningRateSchedule`, or the saved form of one.
@@ -57,6 +58,7 @@ class Optimizer(Configurable):
     [0.5, -1.0]
     """
 
+    rule: ClassVar[str]  # the backend's name for the update
     slot_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -86,10 +88,15 @@ class Optimizer(Configurable):
         self._slots: list[tuple[Array, ...]] = []
         self._place: dict[int, int] = {}  # id(variable) -> its place in the two lists, which keep it alive
         self._loaded: dict[str, Array] = {}  # slots that came from a file before their variables were seen
-        self._excluded: set[int] = set()
+        self._excluded: list[Variable] = []
         self._excluded_names: tuple[str, ...] = ()
-        self._planned_for: Sequence[Variable] | None = None
-        self._plan: list[tuple[Variable, tuple[Array, ...], bool]] = []
+        self._plan: list[
+            tuple[Variable, Array, tuple[Array, ...], bool]
+        ] = []  # variable, array, slots, decays
+        self._seen: list[Array] = []  # what `data` gave for each of them
+        self._constrained: list[int] = []
+        self._updates: list[tuple[list[int], Any]] = []
+        self._updates_by: Any = None  # the backend that made them
 
     # The learning rate
     @property
@@ -114,33 +121,54 @@ class Optimizer(Configurable):
 
     # Steps
     def apply(self, gradients: Sequence[Array | None], variables: Sequence[Variable]) -> None:
-        """Take one step: update `variables` in place from `gradients`, arrays of their shapes (None: leave as
-        it is).
+        """Take one step: update `variables` in place from `gradients`, arrays of their shapes or
+        `RowGradient`s (None: leave as it is).
+
+        A `RowGradient` gives what the whole gradient with its zeros would: without momentum SGD touches only
+        the rows taken, every other update all rows, since its running means decay.
 
         The gradients may be scaled in place when clipping. Raises ValueError for unequal lengths or shapes.
         """
-        if variables is not self._planned_for:
+        if len(gradients) != len(variables):
+            raise ValueError(f"gradients: got {len(gradients)} for {len(variables)} variables")
+        if len(variables) != len(self._plan) or any(
+            v is not p[0] or v.data is not seen
+            for v, p, seen in zip(variables, self._plan, self._seen, strict=True)
+        ):
             self._prepare(variables)
-        if len(gradients) != len(self._plan):
-            raise ValueError(f"gradients: got {len(gradients)} for {len(self._plan)} variables")
+        for gradient, (variable, array, _, _) in zip(gradients, self._plan, strict=True):
+            if gradient is not None and gradient.shape != array.shape:
+                raise ValueError(
+                    f"gradients: shape {gradient.shape} came for {variable.name!r} of {variable.shape}"
+                )
         if self.global_clipnorm is not None or self.clipnorm is not None or self.clipvalue is not None:
             gradients = self._clip(gradients)
         rate = self.learning_rate
-        scalars = self._scalars(rate)
-        backend = get_backend()
-        for gradient, (variable, slots, decays) in zip(gradients, self._plan, strict=True):
-            if gradient is None:
-                continue
-            weights = variable.writable()
-            if gradient.shape != weights.shape:
-                raise ValueError(
-                    f"gradients: shape {gradient.shape} came for {variable.name!r} of {weights.shape}"
-                )
-            decay = rate * self.weight_decay if decays and self.weight_decay else 0.0
-            self._step(backend, weights, gradient, slots, scalars, decay)
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(weights))
+        self._update(get_backend(), gradients, rate, rate * self.weight_decay if self.weight_decay else 0.0)
+        for gradient, variable in zip(gradients, variables, strict=True):
+            if gradient is not None:
+                variable.writable()  # counts the change
+        for k in self._constrained:
+            if gradients[k] is not None:
+                variables[k].assign(variables[k].constraint(variables[k].data))
         self.iterations += 1
+
+    def _update(self, backend: Any, gradients: Sequence[Any], rate: float, decay: float) -> None:
+        """Change the variables of `_plan` in place; `decay` is learning rate times weight decay."""
+        if backend is not self._updates_by:
+            # One call of the backend for all variables of a dtype: which they are, and the call.
+            dtypes = [array.dtype for _, array, _, _ in self._plan]
+            self._updates = []
+            for dtype in dict.fromkeys(dtypes):
+                group = [k for k, d in enumerate(dtypes) if d == dtype]
+                _, arrays, slots, decays = zip(*(self._plan[k] for k in group), strict=True)
+                rows = list(zip(arrays, map(self._arguments, slots), strict=True))
+                self._updates.append((group, backend.updates(self.rule, rows, decays)))
+            self._updates_by = backend
+        options = self._options(rate)
+        given = [(g.index, g.values) if type(g) is RowGradient else g for g in gradients]
+        for group, update in self._updates:
+            update(given if len(group) == len(given) else [given[k] for k in group], options, decay)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Variable]]) -> None:
         """`apply` in Keras' spelling: takes pairs (gradient, variable)."""
@@ -152,30 +180,20 @@ class Optimizer(Configurable):
     ) -> None:
         """Spare the variables of `var_list`, and those whose name contains one of `var_names`, from weight
         decay."""
-        self._excluded |= {id(v) for v in var_list or ()}
+        self._excluded += var_list or ()
         self._excluded_names += tuple(var_names or ())
-        self._planned_for = None
+        self._plan = []
 
-    def _scalars(self, rate: float) -> tuple[float, ...]:
-        """What the updates of this step share."""
-        return (rate,)
+    def _options(self, rate: float) -> tuple[Any, ...]:
+        """What the rule takes after the slots, at this learning rate."""
+        raise NotImplementedError(f"{type(self).__name__} must define _options")
 
-    def _step(
-        self,
-        backend: Any,
-        w: Array,
-        g: Array,
-        slots: tuple[Array, ...],
-        scalars: tuple[float, ...],
-        decay: float,
-    ) -> None:
-        """Update one variable's array `w` and its `slots` in place; `decay` is learning rate times weight
-        decay."""
-        raise NotImplementedError(f"{type(self).__name__} must define _step")
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        """A variable's slots in the order in which the rule takes them, None where one is not used."""
+        return slots
 
     def _prepare(self, variables: Sequence[Variable]) -> None:
-        """Find or make the slots of `variables`. Called when the list is another one than in the last
-        step."""
+        """Find or make the slots of `variables`. Called when they are others than in the last step."""
         plan = []
         for variable in variables:
             place = self._place.get(id(variable))
@@ -187,12 +205,13 @@ class Optimizer(Configurable):
                 s.dtype != variable.dtype for s in self._slots[place]
             ):  # the model changed its precision
                 self._slots[place] = tuple(s.astype(variable.dtype) for s in self._slots[place])
-            plan.append((variable, self._slots[place], self._decays(variable)))
-        self._plan, self._planned_for = plan, variables
+            plan.append((variable, variable.writable(), self._slots[place], self._decays(variable)))
+        self._plan, self._seen, self._updates_by = plan, [v.data for v in variables], None
+        self._constrained = [k for k, v in enumerate(variables) if v.constraint is not None]
 
     def _decays(self, variable: Variable) -> bool:
         named = any(part in variable.name for part in self._excluded_names)
-        return not named and id(variable) not in self._excluded
+        return not named and not any(variable is v for v in self._excluded)
 
     def _new_slot(self, place: int, slot: str, variable: Variable) -> Array:
         loaded = self._loaded.pop(f"{place}.{slot}", None)
@@ -206,17 +225,30 @@ class Optimizer(Configurable):
         return loaded.astype(variable.dtype)
 
     # Clipping
-    def _clip(self, gradients: Sequence[Array | None]) -> Sequence[Array | None]:
+    def _clip(self, gradients: Sequence[Array | RowGradient | None]) -> Sequence[Array | RowGradient | None]:
+        # Of a gradient of rows those that are not zero are all that counts, each once.
+        arrays = [g.values if type(g) is RowGradient else g for g in gradients if g is not None]
         if self.clipvalue is not None:
-            return [
-                None if g is None else np.clip(g, -self.clipvalue, self.clipvalue, out=g) for g in gradients
-            ]
-        if self.clipnorm is not None:
-            return [None if g is None else _shrink(g, self.clipnorm, _norm([g])) for g in gradients]
-        norm = _norm([g for g in gradients if g is not None])
-        return [None if g is None else _shrink(g, self.global_clipnorm, norm) for g in gradients]
+            for g in arrays:
+                np.clip(g, -self.clipvalue, self.clipvalue, out=g)
+        elif self.clipnorm is not None:
+            for g in arrays:
+                _shrink(g, self.clipnorm, _norm([g]))
+        else:
+            norm = _norm(arrays)
+            for g in arrays:
+                _shrink(g, self.global_clipnorm, norm)
+        return gradients
 
     # State
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: all but what stands for arrays and variables by their addresses."""
+        return {**self.__dict__, "_place": {}, "_plan": [], "_updates": [], "_updates_by": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._place = {id(variable): place for place, variable in enumerate(self._variables)}
+
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to go on: `{"iterations", "learning_rate", "slots": {"0.m": array,
         ...}}`.
@@ -283,7 +315,7 @@ class SGD(Optimizer):
     0.71
     """
 
-    slot_names = ("momentum",)
+    rule, slot_names = "sgd", ("momentum",)
 
     def __init__(
         self,
@@ -298,18 +330,11 @@ class SGD(Optimizer):
         if not momentum:
             self.slot_names = ()  # nothing to remember: no memory is taken
 
-    def _step(
-        self,
-        backend: Any,
-        w: Array,
-        g: Array,
-        slots: tuple[Array, ...],
-        scalars: tuple[float, ...],
-        decay: float,
-    ) -> None:
-        if decay:
-            w *= w.dtype.type(1 - decay)
-        backend.sgd_update(w, g, slots[0] if slots else None, scalars[0], self.momentum, self.nesterov)
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        return slots or (None,)
+
+    def _options(self, rate: float) -> tuple[Any, ...]:
+        return rate, self.momentum, self.nesterov
 
 
 @_registry.register()
@@ -326,7 +351,7 @@ class RMSprop(Optimizer):
     -0.5811
     """
 
-    slot_names = ("mean_square", "mean", "momentum")
+    rule, slot_names = "rmsprop", ("mean_square", "mean", "momentum")
 
     def __init__(
         self,
@@ -345,22 +370,11 @@ class RMSprop(Optimizer):
         kept = {"mean_square": True, "mean": centered, "momentum": momentum > 0}
         self.slot_names = tuple(name for name, keep in kept.items() if keep)
 
-    def _step(
-        self,
-        backend: Any,
-        w: Array,
-        g: Array,
-        slots: tuple[Array, ...],
-        scalars: tuple[float, ...],
-        decay: float,
-    ) -> None:
-        if decay:
-            w *= w.dtype.type(1 - decay)
-        mean = slots[1] if self.centered else None
-        accumulated = slots[-1] if self.momentum else None
-        backend.rmsprop_update(
-            w, g, slots[0], mean, accumulated, scalars[0], self.rho, self.momentum, self.epsilon
-        )
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        return slots[0], slots[1] if self.centered else None, slots[-1] if self.momentum else None
+
+    def _options(self, rate: float) -> tuple[Any, ...]:
+        return rate, self.rho, self.momentum, self.epsilon
 
 
 @_registry.register()
@@ -378,7 +392,7 @@ class Adam(Optimizer):
     0.5
     """
 
-    slot_names = ("m", "v", "v_max")
+    rule, slot_names = "adam", ("m", "v", "v_max")
 
     def __init__(
         self,
@@ -397,23 +411,13 @@ class Adam(Optimizer):
         if not amsgrad:
             self.slot_names = ("m", "v")
 
-    def _scalars(self, rate: float) -> tuple[float, ...]:
-        t = self.iterations + 1
-        return (rate * math.sqrt(1 - self.beta_2**t) / (1 - self.beta_1**t),)
+    def _arguments(self, slots: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        return slots if self.amsgrad else (*slots, None)
 
-    def _step(
-        self,
-        backend: Any,
-        w: Array,
-        g: Array,
-        slots: tuple[Array, ...],
-        scalars: tuple[float, ...],
-        decay: float,
-    ) -> None:
-        largest = slots[2] if self.amsgrad else None
-        backend.adam_update(
-            w, g, slots[0], slots[1], largest, scalars[0], self.beta_1, self.beta_2, self.epsilon, decay
-        )
+    def _options(self, rate: float) -> tuple[Any, ...]:
+        t = self.iterations + 1
+        corrected = rate * math.sqrt(1 - self.beta_2**t) / (1 - self.beta_1**t)
+        return corrected, self.beta_1, self.beta_2, self.epsilon
 
 
 @_registry.register()
@@ -498,9 +502,8 @@ def _norm(gradients: Sequence[Array]) -> float:
     return math.sqrt(squares)
 
 
-def _shrink(gradient: Array, limit: float, norm: float) -> Array:
-    """`gradient` scaled, in place, so that a `norm` above `limit` becomes `limit`. An infinite one stays as
+def _shrink(gradient: Array, limit: float, norm: float) -> None:
+    """Scale `gradient`, in place, so that a `norm` above `limit` becomes `limit`. An infinite one stays as
     it is."""
     if limit < norm < math.inf:
         gradient *= gradient.dtype.type(limit / norm)
-    return gradient

@@ -1,10 +1,10 @@
 """Training: `compile`, `fit`, `evaluate`, `predict` and their one-batch forms, inherited by every model.
 
-A step is: forward pass under a tape, loss, gradients, one fused update a weight; nothing is built anew from
-step to step. With `bptt_steps` a batch (B, T, ...) is cut along time, the recurrent layers hand their states
-on, detached, from piece to piece, and each piece is a step (truncated backpropagation through time: Williams
-& Peng 1990). Argument names and defaults are those of Keras 3; `mask`, `lengths` and `bptt_steps` are added,
-and one-batch methods give the figures of their batch, not running means.
+A step is: forward pass under a tape, loss, gradients, one fused update of all weights; nothing is built anew
+from step to step. With `bptt_steps` a batch (B, T, ...) is cut along time, the recurrent layers hand their
+states on, detached, from piece to piece, and each piece is a step (truncated backpropagation through time:
+Williams & Peng 1990). Argument names and defaults are those of Keras 3; `mask`, `lengths` and `bptt_steps` are
+added, and one-batch methods give the figures of their batch, not running means.
 """
 
 import math
@@ -639,7 +639,7 @@ class _TrainStep:
                 total = penalty if total is None else total + penalty
         if total is None:
             raise ValueError("loss: the model was compiled without one, and no layer adds any")
-        self.optimizer.apply(tape.gradient(total, self.variables), self.variables)
+        self.optimizer.apply(tape.gradient(total, self.variables, rows=True), self.variables)
         figures.add(total.item(), batch, y_pred, parts)
 
 

@@ -12,6 +12,7 @@ import pytest
 from numlstm import ops
 from numlstm.autograd import (
     GradientTape,
+    RowGradient,
     Tensor,
     Variable,
     apply,
@@ -491,3 +492,63 @@ def test_an_operation_may_give_no_gradient():
     with GradientTape() as tape:
         (y,) = apply_joint((w.data * 2,), (w,), lambda dy: [None])
     assert tape.gradient(y, [w])[0].tolist() == [0]
+
+
+# What the tape keeps
+
+
+def test_what_no_gradient_needs_is_not_kept():
+    """A sum's gradient takes the shape of what was summed, not its values."""
+    w = Variable(np.ones(1000, np.float32))
+    with GradientTape() as tape:
+        x = w * 2
+        y = x + 1
+        dead = [weakref.ref(x.data), weakref.ref(y.data)]
+        loss = y.sum()
+        del x, y
+        assert [r() for r in dead] == [None, None]
+    assert (tape.gradient(loss, [w])[0] == 2).all()
+
+
+# Gradients of rows
+
+
+def looked_up(table, then, **kwargs):
+    w = Variable(table)
+    with GradientTape() as tape:
+        loss = then(w, ops.embedding(w, np.array([[4, 1], [4, 4]])))
+    return tape.gradient(loss, [w], **kwargs)[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradient_of_rows_is_left_alone_when_asked_for(dtype):
+    table = np.arange(15, dtype=dtype).reshape(5, 3)
+    dense = looked_up(table, lambda w, y: (y * y).sum())
+    rows = looked_up(table, lambda w, y: (y * y).sum(), rows=True)
+    assert type(rows) is RowGradient and rows.shape == (5, 3) and rows.dtype == dtype
+    assert rows.index.tolist() == [-1, 1, -1, -1, 0] and rows.values.shape == (2, 3)
+    expected = np.zeros((5, 3))
+    expected[1], expected[4] = 2 * table[1], 6 * table[4]
+    assert dense.tolist() == rows.dense().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "then, whole",
+    [
+        (lambda w, y: y.sum() + w.sum(), lambda k: k + 1),
+        (lambda w, y: w.sum() + y.sum(), lambda k: k + 1),
+        (
+            lambda w, y: y.sum() + ops.embedding(w, np.array([0, 4])).sum(),
+            lambda k: k + np.array([1, 0, 0, 0, 1]),
+        ),
+    ],
+)
+def test_rows_that_meet_another_gradient_become_whole(then, whole):
+    found = looked_up(np.ones((5, 2), np.float32), then, rows=True)
+    assert type(found) is np.ndarray
+    assert found.tolist() == np.stack([whole(np.array([0, 1, 0, 0, 3]))] * 2, axis=1).tolist()
+
+
+def test_rows_of_a_computed_table():
+    (g,) = gradient(lambda w: ops.embedding(w * 2, np.array([0, 0])).sum(), np.ones((2, 3)), rows=True)
+    assert g.tolist() == [[4, 4, 4], [0, 0, 0]]

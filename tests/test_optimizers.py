@@ -1,13 +1,14 @@
 """Optimizers: Keras' recorded numbers, formulas written out again in float64, and PyTorch's where it has the
 same."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 
 from numlstm import optimizers
-from numlstm.autograd import Variable
+from numlstm.autograd import RowGradient, Variable
 from numlstm.backend import use_backend
 from numlstm.constraints import NonNeg
 from numlstm.schedules import ExponentialDecay
@@ -287,3 +288,78 @@ def test_names_in_every_spelling():
 def test_errors_name_what_is_wrong(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipvalue": 0.2}, {"clipnorm": 0.5}, {"global_clipnorm": 0.5}])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: optimizers.SGD(0.1, **o),
+        lambda **o: optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1, **o),
+        lambda **o: optimizers.RMSprop(0.1, centered=True, **o),
+        lambda **o: optimizers.Adam(0.1, amsgrad=True, **o),
+        lambda **o: optimizers.AdamW(0.1, **o),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_gradient_of_rows_is_the_whole_gradient_with_its_zeros(make, clip, dtype):
+    """Also for the rows that no step of late has taken: their running means decay and move them on. To the bit but for a
+    norm, whose sum goes in another order."""
+    found = []
+    for whole in (False, True):
+        rng, optimizer = np.random.default_rng(0), make(**clip)
+        w, bias = Variable(rng.normal(size=(7, 5)), dtype=dtype), Variable(np.ones(3), dtype=dtype)
+        for k in range(4):
+            index = np.full(7, -1)
+            index[[k, 6 - k % 2]] = [1, 0]
+            g = RowGradient(index, rng.normal(size=(2, 5)).astype(dtype))
+            optimizer.apply([g.dense() if whole else g, np.ones(3, dtype)], [w, bias])
+        found.append([w.numpy(), bias.numpy(), *optimizer.state_dict()["slots"].values()])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(
+            a, b, rtol=1e-6 if "norm" in str(clip) else 0, atol=1e-7 if "norm" in str(clip) else 0
+        )
+
+
+def test_sgd_leaves_the_rows_that_nobody_took():
+    w = Variable(np.ones((4, 2)))
+    optimizers.SGD(0.5).apply([RowGradient(np.array([-1, 0, -1, -1]), np.ones((1, 2), np.float32))], [w])
+    assert w.numpy().tolist() == [[1, 1], [0.5, 0.5], [1, 1], [1, 1]]
+
+
+def test_a_formula_of_ones_own():
+    class Sign(optimizers.Optimizer):
+        slot_names = ("steps",)
+
+        def _update(self, backend, gradients, rate, decay):
+            for g, (_, array, (steps,), _) in zip(gradients, self._plan, strict=True):
+                steps += 1
+                array -= rate * np.sign(g)
+
+    w = Variable([1.0, 2.0])
+    optimizer = Sign(learning_rate=0.5)
+    for _ in range(2):
+        optimizer.apply([np.array([3.0, -1.0], np.float32)], [w])
+    assert w.numpy().tolist() == [0, 3] and optimizer.state_dict()["slots"]["0.steps"].tolist() == [2, 2]
+
+
+def test_a_variable_may_change_its_array():
+    """As `cast` does, between two steps."""
+    w = Variable([1.0, 2.0])
+    optimizer = optimizers.SGD(0.5, momentum=0.5)
+    optimizer.apply([np.ones(2, np.float32)], [w])
+    w.data = w.data.astype(np.float64)
+    optimizer.apply([np.ones(2)], [w])
+    assert w.numpy().dtype == np.float64 and w.numpy().tolist() == [-0.25, 0.75]
+
+
+def test_a_copy_trains_its_own_variables():
+    w, optimizer = Variable([1.0, 2.0]), optimizers.Adam(0.5)
+    g = np.ones(2, np.float32)
+    optimizer.apply([g], [w])
+    before = w.numpy().copy()
+    v, other = copy.deepcopy((w, optimizer))
+    other.apply([g], [v])
+    assert w.numpy().tolist() == before.tolist() != v.numpy().tolist()
+    optimizer.apply([g], [w])
+    assert w.numpy().tolist() == v.numpy().tolist()

@@ -5,12 +5,13 @@ Here the blocks of units are the outer loop: the weights of one block, 16 units 
 
 And threads: the rows of a batch are independent, so each thread runs all steps of its own rows and nobody waits for anybody.
 (Where the batch is small or the matrix large, kernels/cpu/sequence.py splits the units instead: then every step ends at a
-barrier, since the next one reads all units.) Threads are long-lived ones with the interpreter's lock released
-(kernels/cpu/threads.py). The order of every sum is that of rung 4, so the bits are the same on any number of them.
+barrier, since the next one reads all units.) The threads are Python's, with the interpreter's lock released; the library
+keeps its own awake (kernels/cpu/threads.py), since waking one takes as long as a short sequence. The order of every sum is that of rung 4, so the bits are the same on any number of them.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -59,6 +60,12 @@ def _steps() -> Any:
     return steps
 
 
+def in_threads(share, count):
+    """share(0, k, count) for each k, at the same time."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda k: share(0, k, count), range(count)))
+
+
 def forward(x, kernel, recurrent_kernel, bias):
     """The outputs (T, B, H)."""
     (T, B, I), H = x.shape, recurrent_kernel.shape[0]
@@ -73,5 +80,5 @@ def forward(x, kernel, recurrent_kernel, bias):
     def share(_, k, n):  # what thread k of n does
         steps(T, B, I, H, len(w), *addresses, s[k].ctypes.data, B * k // n, B * (k + 1) // n)
 
-    threads.run(share, 0, shards)
+    in_threads(share, shards)
     return h[1:, :, :H]

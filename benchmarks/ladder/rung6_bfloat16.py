@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import njit
 
 from benchmarks.ladder.rung4_tiles import BLOCK, ROWS, cell, packed, tile
+from benchmarks.ladder.rung5_threads import in_threads
 from numlstm.kernels.cpu import isa, simd, threads
 from numlstm.kernels.cpu.isa import LANES
 from numlstm.kernels.cpu.simd import JIT_OPTIONS, VECTOR, VECTOR_BYTES, VECTOR_INT, load, operation
@@ -133,5 +134,5 @@ def forward(x, kernel, recurrent_kernel, bias):
     def share(_, k, n):
         steps(T, B, I, H2, blocks, *addresses, s[k].ctypes.data, B * k // n, B * (k + 1) // n)
 
-    threads.run(share, 0, shards)
+    in_threads(share, shards)
     return y[:, :, :H]

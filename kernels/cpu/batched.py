@@ -16,12 +16,12 @@ from numba import njit
 
 from . import threads
 from .cache import compile_kernel
-from .gemm import DEPTH, ONE_THREAD_BELOW, P, _product
+from .gemm import DEPTH, ONE_THREAD_BELOW, WIDTH, P, _product
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import plain_families
 from .plan import SIGNATURE, get, make_plan, share
 from .simd import I64, JIT_OPTIONS, operation, pointer
-from .workspace import aligned
+from .workspace import address, aligned
 
 __all__ = ["batched_matmul"]
 
@@ -65,7 +65,7 @@ def _kernel() -> Any:
             _store_int(own + P.C * 8, get(p, Q.C) + k * get(p, Q.C_EACH))
             product(own, 0, 1)
 
-    return compile_kernel(products, "batched_matmul", repr((DEPTH,)), SIGNATURE)
+    return compile_kernel(products, "batched_matmul", repr((DEPTH, WIDTH)), SIGNATURE)
 
 
 def batched_matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -93,7 +93,7 @@ def batched_matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     spaces = [  # of each shard, alive until the run is over
         {
             P.BIAS: aligned((vectors * LANES,), zero=True),
-            P.PACKED: aligned((vectors * LANES, K)),
+            P.PACKED: aligned((min(vectors, WIDTH) * LANES, min(K, DEPTH))),
             P.SCRATCH: aligned((TILE_ROWS, TILE_COLUMNS * LANES)),
             P.PLAIN: plain_families(),
             P.FLAGS: aligned((threads.FLAG_BYTES // 4,), zero=True),
@@ -110,7 +110,7 @@ def batched_matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         Q.B_OUTER: v.strides[0], Q.B_INNER: v.strides[1], Q.C_EACH: 4 * M * N, Q.PLAN_BYTES: plans.strides[0],
     }  # fmt: skip
     plan = make_plan(Q, places, {Q.A: u, Q.B: v, Q.C: c, Q.PLANS: plans})
-    threads.run(_kernel(), plan.ctypes.data, shards)
+    threads.run(_kernel(), address(plan), shards)
     return c.reshape(*lead, M, N)
 
 

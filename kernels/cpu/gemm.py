@@ -1,8 +1,9 @@
 """Matrix products in float32 from the same tile as the sequences (microkernel.py): one dispatch, any strides.
 
-The right operand is packed into panels of columns by all threads, then output tiles are shared out. Every element is one
-sum over k in one order, so the result has the same bits whatever the number of threads; that is why the library's dense
-layers come here and not to BLAS, whose threads also spin on after a call and would slow the sequences.
+The right operand is packed into panels of columns by all threads, a block at a time, and the output's tiles are shared
+out. Every element is one sum over k in one order, so the result has the same bits whatever the number of threads; that is
+why the library's dense layers come here and not to BLAS, whose threads also spin on after a call and would slow the
+sequences.
 
 In bfloat16 both operands are rounded and packed as words of two values (bfloat16.py); sums and the result are float32.
 """
@@ -20,10 +21,10 @@ from ..rounding import operand
 from ..sequence import check_precision
 from . import threads
 from .bfloat16 import line_step, pack_transposed_pairs, pair_columns, round_rows, transposing_bytes
-from .cache import compile_kernel, unique_name
+from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .microkernel import TRANSPOSE, plain_families, tile1
-from .plan import SIGNATURE, get, make_plan, share
+from .plan import SIGNATURE, get, share
 from .simd import (
     JIT_OPTIONS,
     VECTOR_BYTES,
@@ -37,7 +38,7 @@ from .simd import (
     zero_bytes,
 )
 from .threads import barrier
-from .workspace import aligned
+from .workspace import address, aligned
 
 __all__ = ["matmul"]
 
@@ -45,11 +46,13 @@ SMALL = (
     8192  # multiply-adds below which NumPy's own product (one thread at that size) is quicker than a dispatch
 )
 ONE_THREAD_BELOW = 2e6  # multiply-adds
+_FLOAT32 = np.dtype(np.float32)
 DEPTH = 256  # k a pass: a panel's part stays in cache while the rows' tiles go by
+WIDTH = 4 * 48  # vectors of columns packed at once: what is packed stays in cache, and takes little memory
 
 
 class P(IntEnum):
-    """Places in the plan."""
+    """Places in the plan, in the order in which `matmul` writes them."""
 
     M = 0
     N = auto()
@@ -63,7 +66,7 @@ class P(IntEnum):
     C = auto()
     C_ROW = auto()
     BIAS = auto()  # padded to whole vectors; zeros where there is none
-    PACKED = auto()
+    PACKED = auto()  # room for a block of B
     SCRATCH = auto()
     PLAIN = auto()
     FLAGS = auto()
@@ -76,17 +79,17 @@ class P(IntEnum):
 
 
 @njit(**JIT_OPTIONS)
-def _pack(p, shard, shards):
-    """B (K, N) into panels [panel][K][vectors LANES], padded with 0; each thread its part of k."""
-    N, K, b, b_k, b_column = get(p, P.N), get(p, P.DEPTH_K), get(p, P.B), get(p, P.B_K), get(p, P.B_COLUMN)
-    vectors = (N + LANES - 1) // LANES
-    first, last = share(K, shard, shards)
-    for v in range(0, vectors, TILE_COLUMNS):
-        n = min(TILE_COLUMNS, vectors - v)
-        panel = get(p, P.PACKED) + v * VECTOR_BYTES * K
+def _pack(p, k0, depth, v0, v1, shard, shards):
+    """Rows k0 on and vectors of columns from v0 to v1 of B into panels [panel][depth][vectors LANES], padded with 0; each
+    thread its part of the rows."""
+    N, b, b_k, b_column = get(p, P.N), get(p, P.B), get(p, P.B_K), get(p, P.B_COLUMN)
+    first, last = share(depth, shard, shards)
+    for v in range(v0, v1, TILE_COLUMNS):
+        n = min(TILE_COLUMNS, v1 - v)
+        panel = get(p, P.PACKED) + (v - v0) * VECTOR_BYTES * depth
         for k in range(first, last):
             out = panel + k * n * VECTOR_BYTES
-            row = b + k * b_k + v * LANES * b_column
+            row = b + (k0 + k) * b_k + v * LANES * b_column
             if b_column == 4:
                 for q in range(n):
                     store(out + q * VECTOR_BYTES, load_n(row + q * VECTOR_BYTES, N - (v + q) * LANES))
@@ -98,7 +101,7 @@ def _pack(p, shard, shards):
 
 @njit(**JIT_OPTIONS)
 def _pack_pairs(p, shard, shards):
-    """B into panels [panel][K / 2][vectors LANES] of words, and A into words; either may be transposed."""
+    """All of B into panels [panel][K / 2][vectors LANES] of words, and A into words; either may be transposed."""
     M, N, K, a, b = get(p, P.M), get(p, P.N), get(p, P.DEPTH_K), get(p, P.A), get(p, P.B)
     words, out, rounded, step = (K + 1) // 2, get(p, P.PACKED), get(p, P.ROUNDED), get(p, P.ROUNDED_STEP)
     if get(p, P.A_K) == 4:
@@ -121,66 +124,82 @@ def _pack_pairs(p, shard, shards):
         pack_transposed_pairs(b, row, N, K, 1, get(p, P.ZEROS), out, by_block, scratch, shard, shards)
 
 
-def _product_of(precision: str) -> Any:
-    """product(p, shard, shards), not yet compiled."""
-    PAIRED = precision == "bfloat16"  # a constant: only one precision is compiled
-    pack = _pack_pairs if PAIRED else _pack
+@njit(**JIT_OPTIONS)
+def _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch):
+    """The tile of `rows` rows from m and `n` vectors of columns from v: to C is added the product over `depth` k from k,
+    or to the bias at k = 0. `packed`: the panel's part for these k."""
+    N, c_row = get(p, P.N), get(p, P.C_ROW)
+    c = get(p, P.C) + m * c_row + v * VECTOR_BYTES
+    out, step, whole = c, c_row, (v + n) * LANES <= N
+    if not whole:  # the last vector is not full: the tile goes through scratch
+        out, step = scratch, n * VECTOR_BYTES
+        if k > 0:
+            for r in range(rows):
+                for q in range(n):
+                    at = c + r * c_row + q * VECTOR_BYTES
+                    store(out + r * step + q * VECTOR_BYTES, load_n(at, N - (v + q) * LANES))
+    start, start_step = out, step
+    if k == 0:
+        start, start_step = get(p, P.BIAS) + v * VECTOR_BYTES, 0
+    tile1(
+        load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + rows - 1) * 8),
+        a + m * a_row + k * a_k, a_row, a_k, depth, packed, n * VECTOR_BYTES, start, start_step, out, step,
+    )  # fmt: skip
+    if not whole:
+        for r in range(rows):
+            for q in range(n):
+                at = c + r * c_row + q * VECTOR_BYTES
+                store_n(at, load(out + r * step + q * VECTOR_BYTES), N - (v + q) * LANES)
 
-    def product(p, shard, shards):
-        M, N, K = get(p, P.M), get(p, P.N), get(p, P.DEPTH_K)
-        a, a_row, a_k, c, c_row = get(p, P.A), get(p, P.A_ROW), get(p, P.A_K), get(p, P.C), get(p, P.C_ROW)
-        plain, bias = get(p, P.PLAIN), get(p, P.BIAS)
-        scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * TILE_COLUMNS * VECTOR_BYTES)
-        pack(p, shard, shards)
-        if PAIRED:
-            by_rows = a_k == 4
-            a, a_row, a_k, K = get(p, P.ROUNDED), 4, get(p, P.ROUNDED_STEP), (K + 1) // 2
-            if by_rows:
-                a_row, a_k = a_k, 4
-        barrier(get(p, P.FLAGS), shard, shards, 1)
-        vectors = (N + LANES - 1) // LANES
-        panels = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS
-        down = (M + TILE_ROWS - 1) // TILE_ROWS
+
+def _product_pairs(p, shard, shards):
+    """The product in bfloat16."""
+    M, N, words = get(p, P.M), get(p, P.N), (get(p, P.DEPTH_K) + 1) // 2
+    scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * TILE_COLUMNS * VECTOR_BYTES)
+    _pack_pairs(p, shard, shards)
+    a, a_row, a_k = get(p, P.ROUNDED), 4, get(p, P.ROUNDED_STEP)
+    if get(p, P.A_K) == 4:
+        a_row, a_k = a_k, 4
+    barrier(get(p, P.FLAGS), shard, shards, 1)
+    vectors, down = (N + LANES - 1) // LANES, (M + TILE_ROWS - 1) // TILE_ROWS
+    first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS * down, shard, shards)
+    for k in range(0, words, DEPTH):
+        depth = min(DEPTH, words - k)
+        for i in range(first, last):
+            v, m = i // down * TILE_COLUMNS, i % down * TILE_ROWS
+            n, rows = min(TILE_COLUMNS, vectors - v), min(TILE_ROWS, M - m)
+            packed = get(p, P.PACKED) + (v * words + k * n) * VECTOR_BYTES
+            _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch)
+
+
+def _product(p, shard, shards):
+    M, N, K, flags, met = get(p, P.M), get(p, P.N), get(p, P.DEPTH_K), get(p, P.FLAGS), 0
+    a, a_row, a_k = get(p, P.A), get(p, P.A_ROW), get(p, P.A_K)
+    scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * TILE_COLUMNS * VECTOR_BYTES)
+    vectors, down = (N + LANES - 1) // LANES, (M + TILE_ROWS - 1) // TILE_ROWS
+    for v0 in range(0, vectors, WIDTH):
+        v1 = min(v0 + WIDTH, vectors)
+        panels = (v1 - v0 + TILE_COLUMNS - 1) // TILE_COLUMNS
         first, last = share(panels * down, shard, shards)
         for k in range(0, K, DEPTH):
             depth = min(DEPTH, K - k)
+            if met > 0:  # nobody reads any more what is overwritten
+                met += 1
+                barrier(flags, shard, shards, met)
+            _pack(p, k, depth, v0, v1, shard, shards)
+            met += 1
+            barrier(flags, shard, shards, met)
             for i in range(first, last):
-                v, m = i // down * TILE_COLUMNS, i % down * TILE_ROWS
-                n, rows = min(TILE_COLUMNS, vectors - v), min(TILE_ROWS, M - m)
-                out, step = c + m * c_row + v * VECTOR_BYTES, c_row
-                whole = (v + n) * LANES <= N
-                if not whole:  # the last vector is not full: the tile goes through scratch
-                    out, step = scratch, n * VECTOR_BYTES
-                    if k > 0:
-                        for r in range(rows):
-                            for q in range(n):
-                                at = c + (m + r) * c_row + (v + q) * VECTOR_BYTES
-                                store(out + r * step + q * VECTOR_BYTES, load_n(at, N - (v + q) * LANES))
-                start, start_step = out, step
-                if k == 0:
-                    start, start_step = bias + v * VECTOR_BYTES, 0
-                tile1(
-                    load_int(plain + ((n - 1) * TILE_ROWS + rows - 1) * 8),
-                    a + m * a_row + k * a_k, a_row, a_k, depth,
-                    get(p, P.PACKED) + v * VECTOR_BYTES * K + k * n * VECTOR_BYTES, n * VECTOR_BYTES,
-                    start, start_step, out, step,
-                )  # fmt: skip
-                if not whole:
-                    for r in range(rows):
-                        for q in range(n):
-                            at = c + (m + r) * c_row + (v + q) * VECTOR_BYTES
-                            store_n(at, load(out + r * step + q * VECTOR_BYTES), N - (v + q) * LANES)
-
-    product.__qualname__ = unique_name("product", precision)
-    return product
-
-
-_product = _product_of("float32")
+                v, m = v0 + i // down * TILE_COLUMNS, i % down * TILE_ROWS
+                n, rows = min(TILE_COLUMNS, v1 - v), min(TILE_ROWS, M - m)
+                packed = get(p, P.PACKED) + (v - v0) * VECTOR_BYTES * depth
+                _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch)
 
 
 @cache
 def _kernel(precision: str) -> Any:
-    return compile_kernel(_product_of(precision), "matmul", repr((DEPTH, precision)), SIGNATURE)
+    function = _product_pairs if precision == "bfloat16" else _product
+    return compile_kernel(function, "matmul", repr((DEPTH, WIDTH, precision)), SIGNATURE)
 
 
 def matmul(
@@ -203,54 +222,54 @@ def matmul(
     (M, depth), N = a.shape, b.shape[1]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"matmul: expected a bias of shape {(N,)}, got {bias.shape}")
-    if M * N * depth <= SMALL:
-        a, b = operand(a, precision), operand(b, precision)
-        c = np.matmul(a, b, dtype=np.float32)
+    work, paired = M * N * depth, precision == "bfloat16"
+    if a.dtype is not _FLOAT32 or b.dtype is not _FLOAT32:
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    if work <= SMALL:
+        c = np.matmul(operand(a, precision), operand(b, precision))
         if bias is not None:
             c += bias
         return c
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    vectors = -(-N // LANES)
-    start = aligned((vectors * LANES,), zero=True)
-    if bias is not None:
-        start[:N] = bias
-    shards = 1 if M * N * depth < ONE_THREAD_BELOW else threads.get_num_threads()
-    c = aligned((M, N))
-    arrays = {
-        P.A: a,
-        P.B: b,
-        P.C: c,
-        P.BIAS: start,
-        P.PACKED: aligned((vectors * LANES, depth if precision == "float32" else (depth + 1) // 2)),
-        P.SCRATCH: aligned((shards, TILE_ROWS, TILE_COLUMNS * LANES)),
-        P.PLAIN: plain_families(precision),
-        P.FLAGS: aligned((shards, threads.FLAG_BYTES // 4), zero=True),
-    }
-    sizes = {
-        P.M: M, P.N: N, P.DEPTH_K: depth, P.A_ROW: a.strides[0], P.A_K: a.strides[1],
-        P.B_K: b.strides[0], P.B_COLUMN: b.strides[1], P.C_ROW: 4 * N,
-    }  # fmt: skip
+    width = -(-N // LANES) * LANES
+    shards = 1 if work < ONE_THREAD_BELOW else threads.get_num_threads()
+    # One piece of memory for all that a call needs beside its result; the bias padded to whole vectors.
+    flags, tile = shards * threads.FLAG_BYTES // 4, shards * TILE_ROWS * TILE_COLUMNS * LANES
+    flags, packed = -(-flags // 16) * 16, min(width, WIDTH * LANES) * min(depth, DEPTH)
     if precision == "bfloat16":
-        _prepare_pairs(a, b, shards, sizes, arrays)
-    plan = make_plan(P, sizes, arrays)
-    threads.run(_kernel(precision), plan.ctypes.data, shards)
+        packed = width * ((depth + 1) // 2)
+    space, c = aligned((flags + width + tile + packed,)), aligned((M, N))
+    space[: flags + width] = 0
+    if bias is not None:
+        space[flags : flags + N] = bias
+    at = address(space)
+    scratch = at + 4 * (flags + width)
+    words: list[int] = []
+    if paired:
+        a, b, words, _kept = _pairs(a, b, shards)  # alive until the call returns
+    (a_row, a_k), (b_k, b_column) = a.strides, b.strides
+    plan = np.array(
+        [
+            M, N, depth, address(a), a_row, a_k, address(b), b_k, b_column, address(c), 4 * N,
+            at + 4 * flags, scratch + 4 * tile, scratch, address(plain_families(precision)), at, *words,
+        ],
+        np.int64,
+    )  # fmt: skip
+    threads.run(_kernel(precision), address(plan), shards)
     return c
 
 
-def _prepare_pairs(
-    a: np.ndarray, b: np.ndarray, shards: int, sizes: dict[P, int], arrays: dict[P, np.ndarray]
-) -> None:
-    """What bfloat16 adds to a plan: operands with one axis that is contiguous, and memory for words."""
+def _pairs(
+    a: np.ndarray, b: np.ndarray, shards: int
+) -> tuple[np.ndarray, np.ndarray, list[int], list[np.ndarray]]:
+    """What bfloat16 adds: operands with one axis that is contiguous, the plan's last words, and what those point to."""
     (M, depth), words = a.shape, (a.shape[1] + 1) // 2
     if 4 not in a.strides:
         a = np.ascontiguousarray(a)
-        arrays[P.A], sizes[P.A_ROW], sizes[P.A_K] = a, *a.strides
     if 4 not in b.strides or any(s % 4 for s in b.strides):
         b = np.ascontiguousarray(b)
-        arrays[P.B], sizes[P.B_K], sizes[P.B_COLUMN] = b, *b.strides
     by_rows = a.strides[1] == 4
     step = line_step(words if by_rows else -(-M // LANES) * LANES)
-    sizes[P.ROUNDED_STEP], sizes[P.PAIRS_BYTES] = step, transposing_bytes(depth)
-    arrays[P.ROUNDED] = aligned((M if by_rows else words, step // 4))
-    arrays[P.PAIRS] = aligned((shards, transposing_bytes(depth) // 4))
-    arrays[P.ZEROS] = aligned((2,), zero=True)
+    rounded = aligned((M if by_rows else words, step // 4))
+    pairs, zeros = aligned((shards, transposing_bytes(depth) // 4)), aligned((2,), zero=True)
+    at = [address(rounded), step, address(pairs), transposing_bytes(depth), address(zeros)]
+    return a, b, at, [rounded, pairs, zeros]

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, types
 
 from .simd import I64, INNER_OPTIONS, operation, pointer
+from .workspace import address
 
 __all__ = ["SIGNATURE", "get", "make_plan", "share"]
 
@@ -36,9 +37,9 @@ def make_plan(
     places: type[IntEnum], sizes: Mapping[Any, int], arrays: Mapping[Any, np.ndarray]
 ) -> np.ndarray:
     """A plan with `sizes` and the addresses of `arrays`, which the caller keeps alive; what neither names is 0."""
-    plan = np.zeros(len(places), np.int64)
+    plan = [0] * len(places)
     for place, value in sizes.items():
         plan[place] = value
     for place, array in arrays.items():
-        plan[place] = array.ctypes.data
-    return plan
+        plan[place] = address(array)
+    return np.array(plan, np.int64)

@@ -27,6 +27,7 @@ OPERATIONS = (
     "sequence",
     "matmul",
     "batched_matmul",
+    "softmax",
     "softmax_cross_entropy",
     "embedding",
     "layer_norm",
@@ -97,8 +98,8 @@ def lookup(
     """The kernel that serves an operation on a device, and why: the closest key, else NumPy's.
 
     Arguments:
-        operation: one of sequence, matmul, batched_matmul, softmax_cross_entropy, embedding, layer_norm,
-            dropout_mask, optimizer, quantized_sequence, quantized_matmul.
+        operation: one of sequence, matmul, batched_matmul, softmax, softmax_cross_entropy, embedding,
+            layer_norm, dropout_mask, optimizer, quantized_sequence, quantized_matmul.
         option: the cell's name for a sequence; the update's name for an optimizer.
         dtype: a float dtype, or its name.
         device: "cpu", "cuda" or "reference".
@@ -307,15 +308,30 @@ class Backend:
         """Rows of table (V, E) by integer ids of any shape."""
         return self.functions("embedding", "*", table.dtype).embedding(table, ids)
 
-    def embedding_gradient(self, ids: Array, dy: Array, rows: int) -> Array:
-        """The table's gradient (rows, E), from ids (M,) and dy (M, E)."""
+    def embedding_gradient(self, ids: Array, dy: Array, rows: int) -> tuple[Array, Array]:
+        """The gradient of a table of `rows` rows, from ids (M,) and dy (M, E): `index` (rows,), each row's
+        place among `values` or -1 for zeros, and `values` (U, E), the rows that were taken."""
         return self.functions("embedding", "*", dy.dtype).embedding_gradient(ids, dy, rows)
 
     # Rows
-    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Array, Array]:
-        """Losses (M,) and probabilities minus one-hot (M, V), for logits (M, V) and integer labels (M,)."""
+    def softmax(self, x: Array) -> Array:
+        """exp(x) over its sum, along the rows of x (M, V)."""
+        return self.functions("softmax", "*", x.dtype).softmax(x)
+
+    def softmax_gradient(self, y: Array, dy: Array) -> Array:
+        """The gradient of x (M, V) from that of y = softmax(x)."""
+        return self.functions("softmax", "*", y.dtype).softmax_gradient(y, dy)
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array) -> tuple[Array, Any]:
+        """Losses (M,) for logits (M, V) and integer labels (M,); and the residual for the gradient."""
         serving = self.functions("softmax_cross_entropy", "*", logits.dtype)
-        return serving.softmax_cross_entropy(logits, labels)
+        losses, residual = serving.softmax_cross_entropy(logits, labels)
+        return losses, (serving, residual)
+
+    def softmax_cross_entropy_gradient(self, residual: Any, dlosses: Array) -> Array:
+        """The gradient of the logits (M, V) from that of the losses (M,), zeros where that is 0."""
+        serving, kept = residual
+        return serving.softmax_cross_entropy_gradient(kept, dlosses)
 
     def layer_norm(self, x: Array, gamma: Array | None, beta: Array | None, eps: float) -> tuple[Array, Any]:
         """Rows of x (M, F) normalised, times gamma (F,), plus beta (F,); and the residual for the
@@ -335,32 +351,27 @@ class Backend:
             shape, rate, seed, stream, dtype
         )
 
-    # Optimizers' updates, in place, one call a variable
-    def sgd_update(
-        self, w: Array, g: Array, v: Array | None, lr: float, momentum: float, nesterov: bool
-    ) -> None:
-        """One step of SGD; `v` holds the momentum."""
-        serving = self.functions("optimizer", "sgd", w.dtype)
-        serving.sgd_update(w, g, v, float(lr), float(momentum), bool(nesterov))
+    # Optimizers' updates, in place
+    def updates(
+        self,
+        rule: str,
+        variables: Sequence[tuple[Array, tuple[Array | None, ...]]],
+        decays: Sequence[bool] | None = None,
+    ) -> Any:
+        """The steps of an optimizer over variables of one dtype, as a function to call at every step.
 
-    def rmsprop_update(
-        self, w: Array, g: Array, ms: Array, mg: Array | None, mom: Array | None,
-        lr: float, rho: float, momentum: float, eps: float,
-    ) -> None:  # fmt: skip
-        """One step of RMSprop; `mg` for the centred form, `mom` for momentum."""
-        serving = self.functions("optimizer", "rmsprop", w.dtype)
-        serving.rmsprop_update(w, g, ms, mg, mom, float(lr), float(rho), float(momentum), float(eps))
+        Arguments:
+            rule: "sgd", "rmsprop" or "adam".
+            variables: for each its array and its slots, None where one is not used: (momentum,) for sgd, (mean
+                square, mean, momentum) for rmsprop, (m, v, largest v) for adam.
+            decays: for each whether weight decay is for it; none if not given.
 
-    def adam_update(
-        self, w: Array, g: Array, m: Array, v: Array, vhat: Array | None,
-        lr_t: float, beta1: float, beta2: float, eps: float, weight_decay_times_lr: float,
-    ) -> None:  # fmt: skip
-        """One step of Adam or AdamW; `vhat` for AMSGrad. `lr_t` holds the step's bias corrections."""
-        serving = self.functions("optimizer", "adam", w.dtype)
-        serving.adam_update(
-            w, g, m, v, vhat, float(lr_t), float(beta1), float(beta2), float(eps),
-            float(weight_decay_times_lr)
-        )  # fmt: skip
+        Returns a function of the gradients, one array each, or (index, values) as `embedding_gradient` gives
+        them, or None; of the rule's options, (lr, momentum, nesterov), (lr, rho, momentum, eps) or (lr_t, beta1,
+        beta2, eps), where lr_t holds the step's bias corrections; and of the learning rate times the weight decay.
+        """
+        dtype = variables[0][0].dtype if variables else np.dtype(np.float32)
+        return self.functions("optimizer", rule, dtype).Updates(rule, variables, decays)
 
 
 for _operation in OPERATIONS:

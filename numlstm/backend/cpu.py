@@ -34,12 +34,16 @@ _FUSED = {  # operation: module of numlstm.kernels.cpu, why
     "sequence": ("sequence", "input product, recurrent product and gates in one compiled pass"),
     "matmul": ("gemm", "packed and vectorised for this processor"),
     "batched_matmul": ("batched", "each product by one thread, all in one dispatch"),
-    "softmax_cross_entropy": ("pointwise", "loss and gradient in one compiled pass over the rows"),
+    "softmax": ("pointwise", "one compiled pass over the rows, one for the gradient"),
+    "softmax_cross_entropy": (
+        "pointwise",
+        "one compiled pass over the rows for the losses, one for the gradient",
+    ),
     "dropout_mask": ("pointwise", "compiled Philox, the same bits as every backend's"),
-    "optimizer": ("pointwise", "one compiled pass over each weight and its slots"),
+    "embedding": ("pointwise", "NumPy's gather, and a compiled sum of the rows that were taken"),
+    "optimizer": ("pointwise", "one compiled pass over all weights and their slots"),
 }
 _NUMPY = {
-    "embedding": "NumPy's gather, and a sorted sum of runs for the gradient",
     "layer_norm": "NumPy: no fused kernel yet",
 }
 _INFERENCE = {  # likewise; without a backward pass

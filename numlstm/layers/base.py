@@ -27,6 +27,7 @@ Shape = tuple[int | None, ...]
 registry: Registry[type["Layer"]] = Registry("layer")
 
 FLOATS = ("float32", "float64")
+_DTYPES = {name: np.dtype(name) for name in FLOATS}
 
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
@@ -169,22 +170,27 @@ class Layer(Configurable):
         """
         if "_variables" not in self.__dict__:
             raise ValueError(f"{type(self).__name__}: its __init__ must call super().__init__() first")
-        inputs = self._converted(inputs)
+        if not isinstance(inputs, Tensor) or inputs.data.dtype is not _DTYPES[self.dtype]:
+            inputs = self._converted(inputs)
         self._check_rank(inputs)
-        shape = batch_none(shape_of(inputs)) if not self.built else None
+        shape = None if self.built else batch_none(shape_of(inputs))
         if shape is not None:
             self.prepare(shape)
         self.check_input(inputs)
-        mask = self._given_mask(inputs, mask, lengths)
+        if mask is None and lengths is None and isinstance(inputs, Tensor):
+            mask = inputs.mask
+        else:
+            mask = self._given_mask(inputs, mask, lengths)
 
         outer = _running.get()
-        running = _Call(
-            training=bool(training) if training is not None else outer is not None and outer.training,
-            root=object() if outer is None else outer.root,
-        )
-        self._start_losses(running.root)
+        if outer is not None and (training is None or bool(training) == outer.training):
+            running = outer
+        else:
+            running = _Call(bool(training), object() if outer is None else outer.root)
+        if self._root is not running.root:
+            self._start_losses(running.root)
         options, takes_any = call_options(type(self))
-        if not takes_any and (unknown := [option for option in kwargs if option not in options]):
+        if kwargs and not takes_any and (unknown := [option for option in kwargs if option not in options]):
             raise ValueError(
                 f"{self.name}: its call knows no {unknown[0]!r}; it takes {', '.join(sorted(options))}"
             )
@@ -194,11 +200,14 @@ class Layer(Configurable):
             kwargs["mask"] = mask
         if mask is not None and self.has_children():
             inputs = with_mask(inputs, mask)  # the layers inside take it from there
-        token = _running.set(running)
-        try:
+        if running is outer:
             outputs = self.call(inputs, *args, **kwargs)
-        finally:
-            _running.reset(token)
+        else:
+            token = _running.set(running)
+            try:
+                outputs = self.call(inputs, *args, **kwargs)
+            finally:
+                _running.reset(token)
         if shape is not None and not self.built:
             mark_built(self, shape)  # a model, whose layers have built themselves by now
         if self.activity_regularizer is not None:
@@ -239,6 +248,7 @@ class Layer(Configurable):
         self._losses.append(loss)
 
     def _start_losses(self, root: object) -> None:
+        """Forget the losses of the calls before the one that `root` stands for."""
         if self._root is not root:
             self._root = root
             self._losses = []
@@ -340,7 +350,7 @@ class Layer(Configurable):
     def children(self) -> Iterator[tuple[str, "Layer"]]:
         """The layers directly inside this one, in order, with the names that they have in files."""
         for attribute, value in self.__dict__.items():
-            if attribute not in _BOOKKEEPING:
+            if attribute not in _BOOKKEEPING and (isinstance(value, Layer) or _holds_others(type(value))):
                 yield from _found(attribute.lstrip("_"), value, Layer)
 
     def has_children(self) -> bool:
@@ -364,7 +374,11 @@ class Layer(Configurable):
         """Variables that belong to this layer itself: made by `add_weight`, or kept in an attribute."""
         found = {id(v): v for v in self._variables}
         for attribute, value in self.__dict__.items():
-            if attribute not in _BOOKKEEPING:
+            if attribute in _BOOKKEEPING:
+                continue
+            if isinstance(value, Variable):
+                found[id(value)] = value
+            elif _holds_others(type(value)):
                 found.update({id(v): v for _, v in _found(attribute, value, Variable)})
         return list(found.values())
 
@@ -729,6 +743,12 @@ def call_options(cls: type[Layer]) -> tuple[frozenset[str], bool]:
     parameters = list(signature(cls.call).parameters.values())
     names = frozenset(p.name for p in parameters[2:] if p.kind is not p.VAR_KEYWORD)
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@cache
+def _holds_others(cls: type) -> bool:
+    """May objects of this class hold layers or weights? (Asking an abstract base class takes its time.)"""
+    return issubclass(cls, (Mapping, list, tuple))
 
 
 def _found(name: str, value: Any, kind: type) -> Iterator[tuple[str, Any]]:

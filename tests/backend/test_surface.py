@@ -10,7 +10,7 @@ import pytest
 
 from numlstm.backend import get_backend
 from numlstm.kernels import cells
-from numlstm.kernels.reference_pointwise import erf, philox4x32
+from numlstm.kernels.reference_pointwise import dense_rows, erf, philox4x32
 
 BACKENDS = [("reference", np.float32), ("reference", np.float64), ("cpu", np.float32), ("cpu", np.float64)]
 
@@ -57,18 +57,36 @@ def test_batched_matmul(case, lead):
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 65), (33, 3), (5, 1)])
+def test_softmax(case, shape):
+    b, dtype, near = case
+    z, dy = draw(dtype, shape, shape)
+    p = np.exp(z.astype(np.float64) * 5)
+    p /= p.sum(axis=1, keepdims=True)
+    y = b.softmax(z * 5)
+    near = near | {"atol": 1e-6 if dtype == np.float32 else 1e-12}
+    np.testing.assert_allclose(y, p, **near)
+    d = b.softmax_gradient(y, dy)
+    np.testing.assert_allclose(d, p * (dy - (p * dy).sum(axis=1, keepdims=True)), **near)
+    assert y.dtype == d.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 65), (33, 3), (5, 1)])
 def test_softmax_cross_entropy(case, shape):
     b, dtype, near = case
     (z,) = draw(dtype, shape)
     z *= 5
     labels = np.arange(shape[0]) % shape[1]
-    losses, d = b.softmax_cross_entropy(z, labels)
+    losses, residual = b.softmax_cross_entropy(z, labels)
+    (dlosses,) = draw(dtype, shape[:1], seed=1)
+    dlosses[0] = 0
+    d = b.softmax_cross_entropy_gradient(residual, dlosses)
     p = np.exp(z.astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
     rows = np.arange(len(labels))
     near = near | {"atol": 1e-5 if dtype == np.float32 else 1e-12}
     np.testing.assert_allclose(losses, -np.log(p[rows, labels]), **near)
-    np.testing.assert_allclose(d, p - np.eye(shape[1])[labels], **near)
+    np.testing.assert_allclose(d, (p - np.eye(shape[1])[labels]) * dlosses[:, None], **near)
+    assert not d[0].any()
     assert losses.dtype == d.dtype == dtype
 
 
@@ -79,8 +97,13 @@ def test_embedding_and_its_gradient(case):
     np.testing.assert_array_equal(b.embedding(table, ids.reshape(4, 10)), table[ids].reshape(4, 10, 3))
     expected = np.zeros((6, 3))
     np.add.at(expected, ids, dy)
-    np.testing.assert_allclose(b.embedding_gradient(ids, dy, 6), expected, **(near | {"atol": 1e-6}))
-    assert b.embedding_gradient(ids[:0], dy[:0], 6).tolist() == np.zeros((6, 3)).tolist()
+    index, values = b.embedding_gradient(ids, dy, 6)
+    first = list(dict.fromkeys(ids.tolist()))
+    assert index.tolist() == [first.index(k) if k in first else -1 for k in range(6)]
+    assert values.dtype == dtype and values.shape == (len(first), 3)
+    np.testing.assert_allclose(dense_rows(index, values), expected, **(near | {"atol": 1e-6}))
+    index, values = b.embedding_gradient(ids[:0], dy[:0], 6)
+    assert (index == -1).all() and values.shape == (0, 3)
 
 
 def test_layer_norm(case):
@@ -170,14 +193,15 @@ def test_the_mask_of_the_first_words_is_known(case):
 # Optimizers' updates, against the formulas written out in float64
 
 
-def updated(b, method, dtype, slots, *settings, steps=3, shape=(3, 7)):
+def updated(b, rule, dtype, slots, options, decay=0.0, steps=3, shape=(3, 7)):
     """The variable and slots after some steps; slots: how many, None for one left out."""
     rng = np.random.default_rng(0)
     w = rng.normal(size=shape).astype(dtype)
     state = [None if s is None else np.full(shape, s, dtype) for s in slots]
+    update = b.updates(rule, [(w, state)], [True])
     for _ in range(steps):
         g = rng.normal(size=shape).astype(dtype)
-        assert getattr(b, method)(w, g, *state, *settings) is None
+        assert update([g], options, decay) is None
     return w, state
 
 
@@ -186,7 +210,7 @@ def updated(b, method, dtype, slots, *settings, steps=3, shape=(3, 7)):
 )
 def test_sgd(case, slots, momentum, nesterov):
     b, dtype, near = case
-    w, (v,) = updated(b, "sgd_update", dtype, slots, 0.1, momentum, nesterov)
+    w, (v,) = updated(b, "sgd", dtype, slots, (0.1, momentum, nesterov))
     rng = np.random.default_rng(0)
     x, velocity = rng.normal(size=(3, 7)).astype(dtype).astype(np.float64), np.zeros((3, 7))
     for _ in range(3):
@@ -203,7 +227,7 @@ def test_sgd(case, slots, momentum, nesterov):
 def test_rmsprop(case, centred, momentum):
     b, dtype, near = case
     slots = [0.0, 0.0 if centred else None, 0.0 if momentum else None]
-    w, _ = updated(b, "rmsprop_update", dtype, slots, 0.01, 0.9, momentum, 1e-7)
+    w, _ = updated(b, "rmsprop", dtype, slots, (0.01, 0.9, momentum, 1e-7))
     rng = np.random.default_rng(0)
     x, ms, mg, mom = rng.normal(size=(3, 7)).astype(dtype).astype(np.float64), 0.0, 0.0, 0.0
     for _ in range(3):
@@ -220,7 +244,7 @@ def test_rmsprop(case, centred, momentum):
 def test_adam(case, amsgrad, decay):
     b, dtype, near = case
     slots = [0.0, 0.0, 0.0 if amsgrad else None]
-    w, _ = updated(b, "adam_update", dtype, slots, 0.01, 0.9, 0.999, 1e-7, decay)
+    w, _ = updated(b, "adam", dtype, slots, (0.01, 0.9, 0.999, 1e-7), decay)
     rng = np.random.default_rng(0)
     x, m, v, top = rng.normal(size=(3, 7)).astype(dtype).astype(np.float64), 0.0, 0.0, 0.0
     for _ in range(3):
@@ -232,11 +256,46 @@ def test_adam(case, amsgrad, decay):
     np.testing.assert_allclose(w, x, **(near | {"atol": 1e-5 if dtype == np.float32 else 1e-12}))
 
 
-def test_settings_of_any_kind_keep_the_dtype():
-    b = get_backend("reference")
-    w, g, m, v = (np.ones(3, np.float32) for _ in range(4))
-    b.adam_update(w, g, m, v, None, np.float64(0.1), 0.9, 0.999, 1e-7, 0)
-    assert w.dtype == np.float32
+RULES = {
+    "sgd": ([None], (0.1, 0.0, False)),
+    "momentum": ([0.1], (0.1, 0.9, True)),
+    "rmsprop": ([0.1, 0.1, 0.1], (0.01, 0.9, 0.5, 1e-3)),
+    "adam": ([0.1, 0.1, 0.1], (0.01, 0.9, 0.999, 1e-7)),
+}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_over_many_variables(case, name, decay):
+    """Those without a gradient stay as they are; a gradient of rows is the whole gradient with its zeros, and so is
+    whoever weight decay is not for."""
+    b, dtype, _ = case
+    rule, (slots, options) = name.replace("momentum", "sgd"), RULES[name]
+    shapes = [(5, 3), (4,), (20, 33), (20, 33)]
+    ids = np.random.default_rng(0).integers(0, 12, 30)
+    found = []
+    for rows in (True, False):
+        rng = np.random.default_rng(1)
+        variables = [
+            (rng.normal(size=s).astype(dtype), [None if k is None else np.full(s, k, dtype) for k in slots])
+            for s in shapes
+        ]
+        before = variables[1][0].copy()
+        update = b.updates(rule, variables, [True, True, True, False])
+        for _ in range(3):
+            g = [rng.normal(size=shapes[0]).astype(dtype), None]
+            for k in range(2):
+                table = b.embedding_gradient(ids[k:], rng.normal(size=(30 - k, 33)).astype(dtype), 20)
+                g.append(table if rows else dense_rows(*table))
+            update(g, options, decay)
+        np.testing.assert_array_equal(variables[1][0], before)
+        update(
+            [np.zeros(s, dtype) for s in shapes], options, decay
+        )  # no rows are remembered from the step before
+        found.append(variables)
+    for (w, kept), (w2, kept2) in zip(*found, strict=True):
+        for a, c in zip([w, *kept], [w2, *kept2], strict=True):
+            np.testing.assert_array_equal(a, c)
 
 
 def test_erf_against_the_standard_library():

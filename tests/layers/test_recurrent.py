@@ -305,7 +305,7 @@ def test_recurrent_dropout_gradient(x):
     with GradientTape() as tape:
         value = loss()
     (gradient,) = tape.gradient(value, [layer.recurrent_kernel])
-    numeric, w = np.zeros_like(gradient), layer.recurrent_kernel.data
+    numeric, w = np.zeros_like(gradient), layer.recurrent_kernel.writable()
     for index in np.ndindex(*w.shape):
         at = w[index]
         w[index] = at + 1e-6

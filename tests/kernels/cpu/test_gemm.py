@@ -7,11 +7,13 @@ import pytest
 
 from numlstm.kernels.cpu import gemm, threads
 from numlstm.kernels.cpu.gemm import matmul
+from numlstm.kernels.cpu.isa import LANES
 from numlstm.kernels.rounding import operand
 
 SIZES = [
     (1, 1, 1), (3, 5, 2), (1, 300, 1000), (7, 1000, 1), (33, 100, 17), (500, 3, 500), (65, 700, 63),
     (6, 513, 64), (100, 256, 65), (257, 257, 33), (1000, 1, 70),
+    (9, 300, 3 * gemm.WIDTH * LANES // 2),  # B is packed in several blocks each way
 ]  # fmt: skip
 
 

@@ -28,6 +28,20 @@ def address(a: np.ndarray) -> int:
     return a.ctypes.data
 
 
+def test_addresses_of_views() -> None:
+    whole = np.arange(24, dtype="f").reshape(4, 6)
+    whole.flags.writeable = False
+    for a in (
+        whole,
+        whole[1:, 2:],
+        whole[::-1, ::-2],
+        whole.T,
+        whole[2, 3:4].reshape(()),
+        whole.view(np.uint8)[:, 3:],
+    ):
+        assert workspace.address(a) == workspace._from_ctypes(a) == a.ctypes.data
+
+
 @pytest.mark.parametrize(
     "shape",
     [(), (1,), (0,), (0, 5), (7,), (3, 5, 7), (POOLED_FROM // 4,), (POOLED_FROM // 4 - 1,), LARGE],
