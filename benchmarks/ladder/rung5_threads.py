@@ -3,10 +3,11 @@
 Rung 4 goes through all weights for each tile of rows, so that a matrix larger than L2 comes from L3 for every six rows.
 Here the blocks of units are the outer loop: the weights of one block, 16 units wide, stay near while all rows go by.
 
-And threads: the rows of a batch are independent, so each thread runs all steps of its own rows and nobody waits for anybody.
-(Where the batch is small or the matrix large, kernels/cpu/sequence.py splits the units instead: then every step ends at a
-barrier, since the next one reads all units.) The threads are Python's, with the interpreter's lock released; the library
-keeps its own awake (kernels/cpu/threads.py), since waking one takes as long as a short sequence. The order of every sum is that of rung 4, so the bits are the same on any number of them.
+And threads: the rows of a batch are independent, so each thread runs all steps of its own rows and nobody waits for
+anybody. (Where the batch is small or the matrix large, kernels/cpu/sequence.py splits the units instead: then every step
+ends at a barrier, since the next one reads all units.) The threads are Python's, with the interpreter's lock released;
+the library keeps its own awake (kernels/cpu/threads.py), since waking one takes as long as a short sequence. The order of
+every sum is that of rung 4, so the bits are the same on any number of them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ product reads: h, times the recurrent mask if there is one, rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ from .plan import SIGNATURE, get, share
 from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
 from .threads import barrier
 from .tiles import aux_rows, compile_tile, inline, store_rows
-from .workspace import aligned, carve
+from .workspace import address, aligned
 
 __all__ = ["forward_tile", "prepare", "prepare_back"]
 
@@ -359,12 +359,14 @@ class Compiled(NamedTuple):
     products: np.ndarray
     x_column: np.ndarray
     h_column: np.ndarray
+    of_bias: np.ndarray  # for each gate fed by the input, the tile's row that is its bias
 
 
 @cache
 def _tables(cell: Cell, precision: str) -> Compiled:
     (stage,) = cell.stages
-    return Compiled(product_tiles(stage, precision), *columns(cell, stage))
+    of_x, of_h = columns(cell, stage)
+    return Compiled(product_tiles(stage, precision), of_x, of_h, np.argsort(of_x))
 
 
 @cache
@@ -379,32 +381,67 @@ def forward_tile(cell: Cell) -> int:
     return _tile(cell, _forward_tile, "float32")
 
 
-def prepare(
-    cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
-    bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
-    training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
-    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str,
-) -> Prepared:  # fmt: skip
-    """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
+class Arrangement(NamedTuple):
+    """A pass's memory and plan as far as they are the same for every call of one shape."""
 
-    With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
-    """
-    T, B, I, H, _ = shape
+    words: np.ndarray  # the plan, without addresses of what comes with a call
+    places: np.ndarray  # where it holds addresses in the slab, of which `words` has the offsets
+    offset: dict[P, int]  # where each piece of the slab begins
+    size: dict[P, int]  # how long it is
+    zeroed: int  # what of the slab must be 0 at first
+    floats: int  # and all of it
+
+    def slab(self) -> np.ndarray:
+        """Memory for the pieces."""
+        memory = aligned((self.floats,))
+        memory[: self.zeroed] = 0
+        return memory
+
+    def piece(self, slab: np.ndarray, place: P, *shape: int) -> np.ndarray:
+        """One piece of a slab."""
+        start = self.offset[place]
+        return slab[start : start + self.size[place]].reshape(shape)
+
+    def packed_weights(self, slab: np.ndarray) -> np.ndarray:
+        """WP and RP, one behind the other."""
+        return slab[self.offset[P.WP] : self.offset[P.RP] + self.size[P.RP]]
+
+
+def _arrange(words: dict[P, int], zeroed: dict[P, int], rest: dict[P, int]) -> tuple[Arrangement, np.ndarray]:
+    """Lay out pieces one after the other, each from the start of a cache line; and the places that `words` fills."""
+    offset, end, start = {}, 0, 0
+    for pieces in (zeroed, rest):
+        for place, floats in pieces.items():
+            offset[place] = end
+            end += -(-floats // 16) * 16
+        if pieces is zeroed:
+            start = end
+    words = words | {place: 4 * at for place, at in offset.items()}
+    where = np.array(list(words), np.intp)
+    places = np.array([list(words).index(place) for place in offset], np.intp)
+    return Arrangement(
+        np.array(list(words.values()), np.int64), places, offset, zeroed | rest, start, end
+    ), where
+
+
+@lru_cache(1024)
+def _arrangement(
+    cell: Cell, T: int, B: int, I: int, H: int, training: bool, steps: int | None, shards: int, units: bool, apart: bool,
+    precision: str,
+) -> Arrangement:  # fmt: skip
+    """The forward pass; its `words` are the whole plan."""
     lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
     W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
     length = min(steps, T) if again else T
-    pieces = -(-T // length)
-    HP, slots = blocks * W, pieces + 1 if again else T + 1 if training else 1
+    HP, slots = blocks * W, -(-T // length) + 1 if again else T + 1 if training else 1
     saving = training and not again  # in this pass
     own = _tables(cell, precision)
-    inputs = [x, kernel, recurrent_kernel]
-    plan = [0] * len(P)
     zeroed = {
         P.FLAGS: shards * threads.FLAG_BYTES // 4,
         P.BP: blocks * lay.pre * W,
         P.ZEROS: TILE_COLUMNS * LANES,
-        P.PARAMS: len(params) * HP,
+        P.PARAMS: len(cell.params) * HP,
     }
     rest = {
         P.SCRATCH: shards * lay.scratch(),
@@ -419,22 +456,106 @@ def prepare(
         rest[P.GATES] = blocks * length * B * lay.pre * W
     if saving:
         rest[P.EXTRA] = blocks * T * B * lay.extra * W
-    slab, at = carve(plan, zeroed, rest)
+    words = {
+        P.T: T, P.B: B, P.I: I, P.H: H, P.K: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: int(units), P.APART: int(apart),
+        P.FED_T: B * HP * 4 // lay.per_word, P.FED_B: HP * 4 // lay.per_word, P.PIECES: 1, P.PER_WORD: lay.per_word,
+        P.FED_KEPT: 1 if paired and not training else -1, P.X_ROWS: T * B,
+        P.WIDTH: W, P.PRE: lay.pre, P.X_GATES: lay.x_gates,
+        P.H_GATES: lay.h_gates, P.GROUPS: len(own.products), P.OTHERS: S - 1, P.NARROW: lay.narrow(H),
+        P.FORWARD_TILE: _tile(cell, _forward_tile, precision),
+        P.SCRATCH_BYTES: 4 * lay.scratch(), P.X_ROW: len(cell.gates) * H, P.H_ROW: len(cell.recurrent) * H,
+        P.TRAINING: int(saving), P.MASK_STEPS: T, P.STATE_SLOT: slots * B * HP * 4, P.STATE_STEP: B * HP * 4 * saving,
+        **forward_parts(precision), P.STEPS: _address(_steps), P.FUSED: address(own.products),
+        P.PLAIN: address(plain_families(precision)),
+        P.X_COLUMN: address(own.x_column), P.H_COLUMN: address(own.h_column),
+    }  # fmt: skip
+    made, where = _arrange(words, zeroed, rest)
+    whole = np.zeros(len(P), np.int64)
+    whole[where] = made.words
+    return made._replace(words=whole, places=where[made.places])
+
+
+@lru_cache(1024)
+def _arrangement_back(
+    cell: Cell, T: int, B: int, I: int, H: int, need_dx: bool, length: int | None, shards: int, precision: str
+) -> tuple[Arrangement, np.ndarray, np.ndarray]:
+    """The backward pass, where its words go in the plan, and a table of no gradients of states. `length`: of the pieces
+    that are computed again."""
+    lay, S, paired = Layout.of(cell.stages[0], precision), len(cell.state), precision == "bfloat16"
+    blocks = lay.blocks(H)
+    HP = blocks * lay.width
+    zeroed = {
+        P.DSTATE: S * B * HP,
+        P.DBP: blocks * lay.pre * lay.width,
+        P.DPARAMS: len(cell.params) * B * HP,
+    }
+    if (
+        paired or length is not None
+    ):  # else they take the place of the packed weights, which have had their turn
+        zeroed[P.DWP] = blocks * I * lay.x_gates * lay.width
+        zeroed[P.DRP] = blocks * H * lay.h_gates * lay.width
+    rest = {P.RT: lay.h_gates * lay.words(H) * -(-H // LANES) * LANES}
+    words = backward_parts(precision) | {
+        P.STEPS_BACK: _address(_steps_back), P.BACKWARD_TILE: _tile(cell, _backward_tile, precision),
+    }  # fmt: skip
+    # In bfloat16 an odd H's last word holds nothing beside its unit, and must not hold NaN.
+    (zeroed if paired else rest)[P.D] = 2 * B * lay.pre * lay.words(H)
+    if paired:
+        words[P.PAIRS_BYTES] = pairs_bytes(lay, I, H, H)
+        rest[P.PAIRS] = shards * words[P.PAIRS_BYTES] // 4
+    else:
+        rest[P.ROWS] = packed_rows(I, H)
+    if length is not None:  # the saved values and the states of a piece
+        rest[P.GATES] = blocks * length * B * lay.pre * lay.width
+        rest[P.EXTRA] = blocks * length * B * lay.extra * lay.width
+        rest[P.STATES] = (S - 1) * (length + 1) * B * HP
+    if need_dx:
+        rest[P.WT] = lay.x_gates * lay.words(H) * -(-I // LANES) * LANES
+    none = np.zeros((S - 1, 3), np.int64)
+    return *_arrange(words, zeroed, rest), none
+
+
+_WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
+_PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
+_WITH_CALL_BACK = np.array([P.DKERNEL, P.DRECURRENT, P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
+
+
+def prepare(
+    cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
+    training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
+    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str,
+) -> Prepared:  # fmt: skip
+    """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
+
+    With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
+    """
+    T, B, I, H, _ = shape
+    lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
+    own = _arrangement(cell, T, B, I, H, training, steps, shards, units, apart, precision)
+    S, again = len(cell.state), training and steps is not None
+    slab = own.slab()
+    plan = own.words.copy()
+    plan[own.places] += address(slab)
+    HP = int(plan[P.HP])
     hs = aligned((T + 1, B, HP))
-    cs = slab[at[P.STATES] : at[P.STATES] + rest[P.STATES]].reshape(S - 1, slots, B, HP)
-    for k in range(S):
-        first = hs[0] if k == 0 else cs[k - 1, 0]
-        first[:, H:] = 0
-        first[:, :H] = 0 if state is None else state[k]
-    for k, param in enumerate(params):
-        start = at[P.PARAMS] + k * HP
-        slab[start : start + H] = param
+    cs = own.piece(slab, P.STATES, S - 1, -1, B, HP) if S > 1 else ()
+    hs[0] = 0
+    if S > 1:
+        cs[:, 0] = 0
+    if state is not None:
+        hs[0, :, :H] = state[0]
+        for k in range(1, S):
+            cs[k - 1, 0, :, :H] = state[k]
+    inputs = [x, kernel, recurrent_kernel, bias, valid]
+    if params:
+        own.piece(slab, P.PARAMS, len(params), HP)[:, :H] = params
     fed = hs
     first = hs[0]
     if recurrent_mask is not None:
         mask = by_step(recurrent_mask, (T, B, H))
         inputs.append(mask)
-        plan[P.MASK], plan[P.MASK_T], plan[P.MASK_B] = mask.ctypes.data, *mask.strides[:2]
+        plan[P.MASK], plan[P.MASK_T], plan[P.MASK_B] = address(mask), *mask.strides[:2]
         first = np.zeros((B, HP), np.float32)
         first[:, :H] = hs[0, :, :H] * mask[0]
         if not paired:
@@ -444,59 +565,38 @@ def prepare(
     tables: dict[P, np.ndarray] = {}
     if aux:
         by_steps = [by_step(a, (T, B, H)) for a in aux]
-        table = np.array([(a.ctypes.data, *a.strides[:2]) for a in by_steps], np.int64)
+        table = np.array([(address(a), *a.strides[:2]) for a in by_steps], np.int64)
         inputs += by_steps
-        tables[P.AUX], plan[P.AUX] = table, table.ctypes.data
-    plan[: P.APART + 1] = T, B, I, H, H, HP, blocks, units, apart
-    plan[P.FED_T], plan[P.FED_B] = B * HP * 4 // lay.per_word, HP * 4 // lay.per_word
-    if paired:
-        fed = slab[at[P.FED] :].view(np.uint16)[: B * HP]
-        fed[:] = bfloat16_bits(first).ravel()
-        plan[P.X_SOURCE], plan[P.X_ROWS] = x.ctypes.data, T * B
-    plan[P.PER_WORD], plan[P.FED_KEPT] = lay.per_word, 1 if paired and not training else -1
-    plan[P.PIECES] = 1
-    plan[P.WIDTH], plan[P.PRE], plan[P.X_GATES], plan[P.H_GATES] = W, lay.pre, lay.x_gates, lay.h_gates
-    plan[P.GROUPS], plan[P.OTHERS], plan[P.NARROW] = len(own.products), S - 1, lay.narrow(H)
-    plan[P.FORWARD_TILE], plan[P.SCRATCH_BYTES] = _tile(cell, _forward_tile, precision), 4 * lay.scratch()
-    plan[P.X_ROW], plan[P.H_ROW] = kernel.shape[1], recurrent_kernel.shape[1]
-    plan[P.TRAINING], plan[P.MASK_STEPS] = saving, T
-    plan[P.STATE_SLOT], plan[P.STATE_STEP] = slots * B * HP * 4, B * HP * 4 * saving
-    for place, address in (forward_parts(precision) | {P.STEPS: _address(_steps)}).items():
-        plan[place] = address
-    if bias is not None:
-        inputs.append(bias)
-        plan[P.BIAS] = bias.ctypes.data
-    if valid is not None:
-        inputs.append(valid)
-        plan[P.VALID] = valid.ctypes.data
-    for place, array in (
-        (P.KERNEL, kernel), (P.RECURRENT, recurrent_kernel), (P.STATE_H, hs), (P.FED, fed),
-        (P.FUSED, own.products), (P.PLAIN, plain_families(precision)),
-        (P.X_COLUMN, own.x_column), (P.H_COLUMN, own.h_column),
-    ):  # fmt: skip
-        plan[place] = array.ctypes.data
+        tables[P.AUX], plan[P.AUX] = table, address(table)
+    plan[_WITH_CALL] = (
+        address(kernel), address(recurrent_kernel), 0 if bias is None else address(bias),
+        0 if valid is None else address(valid), address(hs),
+    )  # fmt: skip
+    if paired:  # X and FED are memory of ours
+        own.piece(slab, P.FED, -1).view(np.uint16)[: B * HP] = bfloat16_bits(first).ravel()
+        plan[P.X_SOURCE] = address(x)
+    else:
+        plan[P.X], plan[P.FED] = address(x), address(fed)
 
-    if not paired:
-        plan[P.X] = x.ctypes.data
-    packed = np.array(plan, np.int64)
+    packed = plan
     if again:
-        packed, moved = _pieces(packed, T, length, tables, lay)
+        packed, moved = _pieces(plan, T, min(steps, T), tables, lay)
         inputs.append(moved)
-        packed[:, P.START] = plan[P.STATES] + np.arange(pieces) * B * HP * 4
+        packed[:, P.START] = plan[P.STATES] + np.arange(len(packed)) * B * HP * 4
         packed[:, P.START_SLOT] = plan[P.STATE_SLOT]
         packed[:, P.STATES] = packed[:, P.START] + B * HP * 4
 
     def finish() -> Forward:
-        final = (hs[T, :, :H].copy(), *(cs[k, -1, :, :H].copy() for k in range(S - 1)))
+        final = (hs[T, :, :H].copy(), *[c[-1, :, :H].copy() for c in cs])
         if not training:
             inputs.clear()  # they were in use until here
             return Forward(hs[1:, :, :H], final, None, None)
         residual = Residual(
             cell=cell, lay=lay, shape=(T, B, H, H), plan=plan, inputs=inputs, tables=tables, slab=slab, hs=hs,
-            flags=at[P.FLAGS], has_bias=bias is not None, shards=shards, at_once=at_once, inner=(I, HP, blocks),
-            starts=packed if again else None,
+            flags=own.piece(slab, P.FLAGS, -1), packed_weights=own.packed_weights(slab), has_bias=bias is not None,
+            has_state=state is not None, shards=shards, at_once=at_once, inner=(I, HP), starts=packed if again else None,
         )  # fmt: skip
-        states = None if again else tuple(cs[k, 1:, :, :H] for k in range(S - 1))
+        states = None if again else tuple([c[1:, :, :H] for c in cs])
         return Forward(hs[1:, :, :H], final, states, residual)
 
     places = ((hs[0], hs[T]), *((c[0], c[-1]) for c in cs))
@@ -540,72 +640,58 @@ def prepare_back(
     dstates: tuple[Any, ...] | None,
 ) -> Prepared:
     """The backward pass of what `prepare` prepared."""
-    cell, plan, (T, B, H, _), (I, HP, blocks) = residual.cell, residual.plan, residual.shape, residual.inner
-    lay, S, G, NP = residual.lay, len(cell.state), len(cell.gates), len(cell.params)
-    zeroed = {
-        P.DSTATE: S * B * HP,
-        P.DBP: blocks * lay.pre * lay.width,
-        P.DWP: blocks * I * lay.x_gates * lay.width,
-        P.DRP: blocks * H * lay.h_gates * lay.width,
-        P.DPARAMS: NP * B * HP,
-    }
-    rest = {P.RT: lay.h_gates * lay.words(H) * -(-H // LANES) * LANES}
-    # In bfloat16 an odd H's last word holds nothing beside its unit, and must not hold NaN.
-    (zeroed if lay.per_word > 1 else rest)[P.D] = 2 * B * lay.pre * lay.words(H)
-    if lay.precision == "bfloat16":
-        plan[P.PAIRS_BYTES] = pairs_bytes(lay, I, H, H)
-        rest[P.PAIRS] = residual.shards * plan[P.PAIRS_BYTES] // 4
-    else:
-        rest[P.ROWS] = packed_rows(I, H)
-    again = residual.starts is not None
-    if again:  # the saved values and the states of a piece
-        length = int(residual.starts[0, P.T])
-        rest[P.GATES] = blocks * length * B * lay.pre * lay.width
-        rest[P.EXTRA] = blocks * length * B * lay.extra * lay.width
-        rest[P.STATES] = (S - 1) * (length + 1) * B * HP
-    if need_dx:
-        rest[P.WT] = lay.x_gates * lay.words(H) * -(-I // LANES) * LANES
-    slab, at = carve(plan, zeroed, rest)
-    piece = lambda place, *shape: slab[at[place] : at[place] + zeroed[place]].reshape(shape)
-    ds = piece(P.DSTATE, S, B, HP)
+    cell, plan, (T, B, H, _), (I, HP) = residual.cell, residual.plan, residual.shape, residual.inner
+    again, lay = residual.starts is not None, residual.lay
+    length = int(residual.starts[0, P.T]) if again else None
+    own, where, no_states = _arrangement_back(
+        cell, T, B, I, H, need_dx, length, residual.shards, lay.precision
+    )
+    slab = own.slab()
+    plan[where] = own.words
+    plan[where[own.places]] += address(slab)
+    if P.DWP not in own.size:
+        residual.packed_weights[:] = 0
+        plan[_WEIGHTS_GRADIENTS] = plan[_PACKED_WEIGHTS]
+    ds = own.piece(slab, P.DSTATE, len(cell.state), B, HP)
     for k, d in enumerate(dfinal):
         if d is not None:
             ds[k, :, :H] = d
-    dkernel, drecurrent = aligned((I, G * H)), aligned((H, len(cell.recurrent) * H))
-    plan[P.DKERNEL], plan[P.DRECURRENT] = dkernel.ctypes.data, drecurrent.ctypes.data
-    dx = None
-    if need_dx:
-        dx = aligned((T, B, I))
-        plan[P.DX] = dx.ctypes.data
-    if dh is not None:
-        plan[P.DY], plan[P.DY_T], plan[P.DY_B] = dh.ctypes.data, *dh.strides[:2]
-    later = state_gradients(dstates, S - 1)
-    plan[P.DSTATES] = later[0].ctypes.data
-    flags = residual.flags
-    residual.slab[flags : flags + residual.shards * threads.FLAG_BYTES // 4] = 0
-    kept = [dh, *later]  # what the plan points into
-    for place, address in (backward_parts(lay.precision) | {P.STEPS_BACK: _address(_steps_back)}).items():
-        plan[place] = address
-    plan[P.BACKWARD_TILE] = _tile(cell, _backward_tile, lay.precision)
-    packed = np.array(plan, np.int64)
+    dkernel, drecurrent = aligned((I, len(cell.gates) * H)), aligned((H, len(cell.recurrent) * H))
+    dx = aligned((T, B, I)) if need_dx else None
+    plan[_WITH_CALL_BACK] = (
+        address(dkernel), address(drecurrent), address(dx) if need_dx else 0,
+        *((0, 0, 0) if dh is None else (address(dh), *dh.strides[:2])),
+    )  # fmt: skip
+    later, *others = (no_states,) if dstates is None else state_gradients(dstates, len(cell.state) - 1)
+    kept = [dh, later, *others]  # what the plan points into
+    plan[P.DSTATES] = address(later)
+    residual.flags[:] = 0
+    packed = plan  # a residual serves once
     if again:
-        packed[P.TRAINING], packed[P.STATE_STEP] = 1, B * HP * 4
-        packed[P.STATE_SLOT] = (length + 1) * B * HP * 4
-        packed, moved = _pieces(packed, T, length, {**residual.tables, P.DSTATES: later[0]}, lay)
+        plan[P.TRAINING], plan[P.STATE_STEP] = 1, B * HP * 4
+        plan[P.STATE_SLOT] = (length + 1) * B * HP * 4
+        packed, moved = _pieces(plan, T, length, {**residual.tables, P.DSTATES: later}, lay)
         kept += moved
         for place in (P.START, P.START_SLOT):
             packed[:, place] = residual.starts[:, place]
 
     def finish() -> Gradients:
         kept.clear()
-        dbias = None
+        dbias, NP = None, len(cell.params)
         if residual.has_bias:
-            rows = piece(P.DBP, blocks, lay.pre, lay.width).transpose(1, 0, 2).reshape(lay.pre, HP)
-            dbias = np.empty((G, H), np.float32)
-            dbias[columns(cell, cell.stages[0])[0]] = rows[: lay.x_gates, :H]
-            dbias = dbias.reshape(-1)
-        dparams = piece(P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
-        del residual.slab, residual.hs, residual.inputs  # their memory is free for the next step
-        return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(ds[:, :, :H].copy()))
+            width, pre = int(plan[P.WIDTH]), int(plan[P.PRE])
+            rows = own.piece(slab, P.DBP, -1, pre, width).transpose(1, 0, 2).reshape(pre, HP)
+            dbias = rows[_tables(cell, lay.precision).of_bias, :H].reshape(-1)
+        dparams = own.piece(slab, P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
+        # Without initial states nobody keeps their gradients; else these should not keep all memory with them.
+        dstate = ds[:, :, :H].copy() if residual.has_state else ds[:, :, :H]
+        del (
+            residual.slab,
+            residual.hs,
+            residual.inputs,
+            residual.flags,
+            residual.packed_weights,
+        )  # their memory is free for the next step
+        return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(dstate))
 
     return Prepared(compiled(_backward_again if again else _backward), packed, residual.shards, finish)

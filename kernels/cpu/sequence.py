@@ -17,6 +17,7 @@ from ..sequence import Forward, Gradients, check_backward, check_forward, check_
 from . import fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout, Prepared, Residual
+from .workspace import address
 
 __all__ = ["backward", "backward_all", "explain", "forward", "forward_all", "prepare_step"]
 
@@ -38,11 +39,11 @@ def _split(
     cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1, precision: str = "float32"
 ) -> tuple[int, bool]:
     """How many threads share the sequence, one of `at_once`, and whether by units (else by batch)."""
-    n, blocks = max(1, threads.get_num_threads() // at_once), -(-H // Layout.of(cell.stages[0]).width)
+    n = max(1, threads.get_num_threads() // at_once)
     operations = _operations(cell, T, B, I, H)
-    weights = operations / (2.0 * T * B)
     if n == 1 or operations < ONE_AWAKE_BELOW or (operations < ONE_THREAD_BELOW and not threads.ready()):
         return 1, False
+    weights, blocks = operations / (2.0 * T * B), -(-H // Layout.of(cell.stages[0]).width)
     of_weights = weights * (4 if precision == "float32" else 2)
     if ROWS_FOR_BATCH_SPLIT * n <= B and of_weights <= CACHE_BYTES:
         return n, False
@@ -73,7 +74,12 @@ def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
     return f"fused {cell.name}{stages}, {TILE_ROWS} x {TILE_COLUMNS} vectors of {LANES}, {how}"
 
 
+_FLOAT32 = np.dtype(np.float32)
+
+
 def _float32(a: Any) -> np.ndarray:
+    if type(a) is np.ndarray and a.dtype is _FLOAT32 and a.flags.c_contiguous:
+        return a
     return np.ascontiguousarray(a, np.float32)
 
 
@@ -131,7 +137,7 @@ def backward_all(calls: Sequence[Call]) -> list[Gradients]:
 
 
 def _run(jobs: list[Prepared], together: bool = False) -> list[Any]:
-    work = [(job.kernel, job.plan.ctypes.data, job.shards) for job in jobs]
+    work = [(job.kernel, address(job.plan), job.shards) for job in jobs]
     if together:
         threads.run_all(work)
     else:

@@ -121,6 +121,11 @@ def test_arrays_from_many_threads() -> None:
     assert not failures
 
 
+def test_an_array_alive_at_exit_makes_no_noise(python) -> None:
+    source = "from numlstm.kernels.cpu.workspace import aligned; a = [aligned((100000,))]; a.append(a)"
+    assert python(source).stderr == ""
+
+
 def test_carved_pieces() -> None:
     plan = [0] * 5
     slab, offsets = carve(plan, {0: 3, 2: 17}, {4: 40_000, 1: 0})
@@ -132,8 +137,3 @@ def test_carved_pieces() -> None:
     assert not slab[: offsets[4]].any()
     spans = sorted((offsets[k], offsets[k] + n) for k, n in sizes.items() if n)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-def test_an_array_alive_at_exit_makes_no_noise(python) -> None:
-    source = "from numlstm.kernels.cpu.workspace import aligned; a = [aligned((100000,))]; a.append(a)"
-    assert python(source).stderr == ""
