@@ -33,7 +33,7 @@ from . import isa
 from .cache import compile_kernel
 from .simd import I32, I64, INNER_OPTIONS, call, caller, load_int, operation, pointer
 
-__all__ = ["barrier", "get_num_threads", "ready", "run", "run_all", "set_num_threads"]
+__all__ = ["barrier", "get_num_threads", "prepare", "ready", "run", "run_all", "set_num_threads"]
 
 Call = tuple[Any, int, int, int]  # kernel, plan, shard, shards
 
@@ -298,6 +298,12 @@ atexit.register(lambda: _gang.rest())  # compiled code must not outlive what it 
 def ready() -> bool:
     """Whether the helpers are awake, so that little work is worth sharing too; results do not depend on it."""
     return _num_threads > 1 and _gang.ready()
+
+
+def prepare() -> None:
+    """Compile what a dispatch to several threads takes."""
+    for function in (serve, at_once, hand_out, lead):
+        _native(function)
 
 
 def run(kernel: Any, plan: int, shards: int) -> None:

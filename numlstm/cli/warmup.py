@@ -41,7 +41,7 @@ def warmup(
     inference, streams and training. Compiled kernels stay in the cache that `info` shows; what is there
     already takes a fraction of a second.
     """
-    from numlstm.kernels.cpu import cache
+    from numlstm.kernels.cpu import cache, threads
 
     with command(as_json, seed, backend) as result:
         problem = cache.problem()
@@ -60,6 +60,7 @@ def warmup(
         }
         result |= {"seconds": {}, "compiled": 0, "loaded": 0}
         jobs = list(_common() if model is None else _of_model(load_model(model)[0]))
+        jobs.insert(0, ("threads", "inference", threads.prepare))
         jobs = [job for job in jobs if not (inference_only and job[1] == "training")]
         for number, (name, use, job) in enumerate(jobs, 1):
             print(f"({number:2}/{len(jobs)}) {name:<12} {use:<10}", end=" ", flush=True)
