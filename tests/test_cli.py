@@ -346,9 +346,9 @@ def test_warmup_of_a_model_file(small_model, tmp_path):
     assert warm()["loaded"] == first["compiled"]
     assert use() == [
         "0",
-        str(first["compiled"] - 1),
+        str(first["compiled"] - 5),
         "0",
-    ]  # its dense layer's product is so small that NumPy makes it
+    ]  # all but its dense layer's product, so small that NumPy makes it, and what hands work to threads
 
 
 @pytest.fixture
