@@ -37,6 +37,7 @@ from .isa import FEATURES, IS_X86, LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import PLAN_BYTES, Layout, P, Prepared, by_step, columns
 from .parts import tile_rows
 from .plan import SIGNATURE, get, make_plan, share
+from .sequence import run
 from .simd import (
     F32,
     I8,
@@ -69,7 +70,8 @@ __all__ = ["FORM", "explain", "forward", "forward_all", "matmul"]
 
 VERSION = 1  # of the tiles: stands in their names, as in microkernel.py
 CHUNK_ROWS = 64  # rows of pre-activations that are computed ahead, at least
-ONE_THREAD_BELOW = 3e7  # multiply-adds of a sequence; a second thread costs about 45 us to start
+# Multiply-adds of a sequence below which one thread does it: where the others must be woken first, and where they are awake.
+ONE_THREAD_BELOW, ONE_AWAKE_BELOW = 3e7, 5e6
 MATMUL_ONE_THREAD_BELOW = 8e6
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
@@ -497,7 +499,7 @@ def _split(cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1) -> tupl
     """How many threads share the sequence, one of `at_once`, and whether by units (else by batch)."""
     n, blocks = max(1, threads.get_num_threads() // at_once), -(-H // Layout.of(cell.stages[0]).width)
     work = _multiply_adds(cell, T, B, I, H)
-    if n == 1 or work < ONE_THREAD_BELOW:
+    if n == 1 or work < ONE_AWAKE_BELOW or (work < ONE_THREAD_BELOW and not threads.ready()):
         return 1, False
     if ROWS_FOR_BATCH_SPLIT * n <= B and work / (T * B) <= CACHE_BYTES:
         return n, False
@@ -544,9 +546,7 @@ def forward(
     """
     options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection}
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
-    job = _prepare(*arguments, training=training, **options)
-    threads.run(job.kernel, job.plan.ctypes.data, job.shards)
-    return job.finish()
+    return run([_prepare(*arguments, training=training, **options)])[0]
 
 
 def forward_all(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Forward]:
@@ -554,14 +554,7 @@ def forward_all(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list
     shapes = [(args[0], *args[1].shape, args[3].shape[0]) for args, _ in calls]
     together = len(calls) > 1 and sum(_multiply_adds(*shape) for shape in shapes) >= ONE_THREAD_BELOW
     at_once = len(calls) if together else 1
-    jobs = [_prepare(*args, **options, at_once=at_once) for args, options in calls]
-    work = [(job.kernel, job.plan.ctypes.data, job.shards) for job in jobs]
-    if together:
-        threads.run_all(work)
-    else:
-        for one in work:
-            threads.run(*one)
-    return [job.finish() for job in jobs]
+    return run([_prepare(*args, **options, at_once=at_once) for args, options in calls], together)
 
 
 def _prepare(

@@ -35,13 +35,17 @@ def _operations(cell: Cell, T: int, B: int, I: int, H: int) -> float:
     return 2.0 * T * B * (len(cell.gates) * I + len(cell.recurrent) * H) * H
 
 
+def _worth_sharing(operations: float) -> bool:
+    return operations >= ONE_THREAD_BELOW or (operations >= ONE_AWAKE_BELOW and threads.ready())
+
+
 def _split(
     cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1, precision: str = "float32"
 ) -> tuple[int, bool]:
     """How many threads share the sequence, one of `at_once`, and whether by units (else by batch)."""
     n = max(1, threads.get_num_threads() // at_once)
     operations = _operations(cell, T, B, I, H)
-    if n == 1 or operations < ONE_AWAKE_BELOW or (operations < ONE_THREAD_BELOW and not threads.ready()):
+    if n == 1 or not _worth_sharing(operations):
         return 1, False
     weights, blocks = operations / (2.0 * T * B), -(-H // Layout.of(cell.stages[0]).width)
     of_weights = weights * (4 if precision == "float32" else 2)
@@ -117,7 +121,7 @@ def forward(
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
     options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection, "steps": steps}
     options["precision"] = precision
-    return _run([_prepare(*arguments, training=training, **options)])[0]
+    return run([_prepare(*arguments, training=training, **options)])[0]
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -126,17 +130,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 def forward_all(calls: Sequence[Call]) -> list[Forward]:
     """Several sequences at once, such as the two directions of a layer: `forward(*args, **options)` of each call."""
     shapes = [(args[0], *args[1].shape, args[3].shape[0]) for args, _ in calls]
-    at_once = len(calls) if sum(_operations(*shape) for shape in shapes) >= ONE_THREAD_BELOW else 1
-    return _run([_prepare(*args, **options, at_once=at_once) for args, options in calls], at_once > 1)
+    at_once = len(calls) if _worth_sharing(sum(_operations(*shape) for shape in shapes)) else 1
+    return run([_prepare(*args, **options, at_once=at_once) for args, options in calls], at_once > 1)
 
 
 def backward_all(calls: Sequence[Call]) -> list[Gradients]:
     """The backward passes of several sequences at once: `backward(*args, **options)` of each call."""
     together = all(args[0].at_once > 1 for args, _ in calls)
-    return _run([_prepare_back(*args, **options) for args, options in calls], together)
+    return run([_prepare_back(*args, **options) for args, options in calls], together)
 
 
-def _run(jobs: list[Prepared], together: bool = False) -> list[Any]:
+def run(jobs: list[Prepared], together: bool = False) -> list[Any]:
+    """Run passes that are ready, one after the other or all at once; their results."""
     work = [(job.kernel, address(job.plan), job.shards) for job in jobs]
     if together:
         threads.run_all(work)
@@ -197,7 +202,7 @@ def backward(
     Raises:
         ValueError: the residual has been used (its saved values have become gradients).
     """
-    return _run([_prepare_back(residual, dh, dfinal, need_dx=need_dx, dstates=dstates)])[0]
+    return run([_prepare_back(residual, dh, dfinal, need_dx=need_dx, dstates=dstates)])[0]
 
 
 def _prepare_back(

@@ -1,0 +1,43 @@
+"""The loops around tiles: how rows are cut into tiles, and last blocks of every width against the reference."""
+
+from __future__ import annotations
+
+import pytest
+from numba import njit
+from questions import ask, check
+
+from numlstm.kernels import cells
+from numlstm.kernels.cpu import parts
+from numlstm.kernels.cpu.isa import LANES, TILE_COLUMNS, TILE_ROWS
+from numlstm.kernels.cpu.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def cut():
+    return njit(lambda left: parts.tile_rows(left))
+
+
+def test_rows_are_all_taken_and_no_tile_is_thin(cut) -> None:
+    for rows in range(1, 3 * TILE_ROWS + 2):
+        found, left = [], rows
+        while left:
+            found.append(int(cut(left)))
+            left -= found[-1]
+        assert sum(found) == rows and max(found) <= TILE_ROWS
+        assert rows < TILE_ROWS or min(found) >= TILE_ROWS // 2, (rows, found)
+
+
+def test_a_narrow_block_saves_vectors() -> None:
+    layout = Layout.of(cells.lstm().stages[0])
+    for units in range(1, 3 * LANES + 1):
+        last = units - (layout.blocks(units) - 1) * layout.width
+        wide, narrow = 4 * layout.blocks_vectors, layout.narrow(units)
+        needed = -(-4 * last // LANES)
+        assert narrow == (needed if needed < min(wide, TILE_COLUMNS + 1) else 0)
+
+
+@pytest.mark.parametrize("units", [1, *range(LANES - 1, 2 * LANES + 1)])
+@pytest.mark.parametrize("cell", [cells.lstm(), cells.gru()], ids=lambda cell: cell.name)
+def test_last_blocks_of_every_width(cell, units: int) -> None:
+    """Whole, or narrow with its gates side by side: outputs, states and all gradients within 1e-5."""
+    check(ask(cell, 3, TILE_ROWS + 1, 5, units, "holes"))
