@@ -27,6 +27,7 @@ __all__ = [
     "PRECISIONS",
     "Forward",
     "Gradients",
+    "Prepacked",
     "aux_columns",
     "check_backward",
     "check_forward",
@@ -44,6 +45,19 @@ class Forward(NamedTuple):
     final: tuple[Any, ...]
     states: tuple[Any, ...] | None
     residual: Any
+
+
+class Prepacked:
+    """Room for kernels to keep weights in an order of their own between calls of inference.
+
+    Whoever hands one to `forward` says that the kernel, the recurrent kernel and the bias are what they were whenever it
+    was handed over before.
+    """
+
+    __slots__ = ("kept",)
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
 
 
 class Gradients(NamedTuple):

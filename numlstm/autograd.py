@@ -20,6 +20,7 @@ import numpy as np
 
 from numlstm.kernels.int8 import LEVELS, Quantized
 from numlstm.kernels.reference_pointwise import dense_rows
+from numlstm.kernels.sequence import Prepacked
 
 __all__ = [
     "GradientTape",
@@ -326,7 +327,16 @@ class Variable(Tensor):
     Variable([3., 4.], dtype=float32, name='kernel')
     """
 
-    __slots__ = ("_owned", "_shown", "constraint", "name", "regularizer", "trainable", "version")
+    __slots__ = (
+        "_owned",
+        "_prepacked",
+        "_shown",
+        "constraint",
+        "name",
+        "regularizer",
+        "trainable",
+        "version",
+    )
 
     version: int
 
@@ -368,6 +378,14 @@ class Variable(Tensor):
         """The array, to be written in place at once; counts as a change."""
         self._count_change()
         return self._owned
+
+    def prepacked(self, *others: Variable) -> Prepacked:
+        """What kernels have kept of this variable and `others` together; empty when one of them has changed."""
+        state = (self.version, *((id(v), v.version) for v in others))
+        known = getattr(self, "_prepacked", None)
+        if known is None or known[0] != state:
+            known = self._prepacked = (state, Prepacked())
+        return known[1]
 
     def assign(self, value: TensorLike) -> None:
         """Write new values in place.

@@ -26,6 +26,7 @@ from numlstm.autograd import (
     RowGradient,
     Tensor,
     TensorLike,
+    Variable,
     apply,
     apply_joint,
     needs_gradient,
@@ -999,6 +1000,10 @@ class _Sequence:
                 self.arguments["projection"] = _quantized(projection)
         elif remat_steps is not None:
             self.arguments |= {"remat_steps": remat_steps, "keep_states": bool(training)}
+        elif not (self.recorded or training):
+            others = (recurrent_kernel,) if bias is None else (recurrent_kernel, bias)
+            if all(isinstance(v, Variable) for v in (kernel, *others)):
+                self.arguments["prepacked"] = kernel.prepacked(*others)
 
     def keep(self, out: Any) -> list[Array]:
         """The results, batch-major: every output, the last states, the other states' sequences."""

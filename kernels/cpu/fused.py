@@ -22,7 +22,7 @@ from numba import types
 
 from ..derive import Cell, Stage
 from ..rounding import bfloat16_bits
-from ..sequence import Forward, Gradients
+from ..sequence import Forward, Gradients, Prepacked
 from . import threads
 from .bfloat16 import pairs_bytes
 from .cache import compile_address, compile_kernel
@@ -249,9 +249,8 @@ def _steps(p, shard, shards, met):
 
 def _forward(p, shard, shards):
     met = 1
-    if get(p, P.PACKED) == 0:
-        call_part(get(p, P.PACK), p, shard, shards)
-        barrier(get(p, P.FLAGS), shard, shards, met)
+    call_part(get(p, P.PACK), p, shard, shards)
+    barrier(get(p, P.FLAGS), shard, shards, met)
     for piece in range(p, p + get(p, P.PIECES) * PLAN_BYTES, PLAN_BYTES):
         call_steps(get(p, P.STEPS), piece, shard, shards, met)
         met += get(piece, P.T) * get(p, P.UNITS_SPLIT)
@@ -424,12 +423,38 @@ def _arrange(words: dict[P, int], zeroed: dict[P, int], rest: dict[P, int]) -> t
     ), where
 
 
+def _weights(lay: Layout, I: int, H: int) -> dict[P, int]:
+    """Floats of the packed biases and weights."""
+    blocks = lay.blocks(H)
+    return {
+        P.BP: blocks * lay.pre * lay.width,
+        P.WP: blocks * lay.words(I) * lay.x_gates * lay.width,
+        P.RP: blocks * lay.words(H) * lay.h_gates * lay.width,
+    }
+
+
+def _kept_weights(prepacked: Prepacked, key: tuple[Any, ...], lay: Layout, plan: np.ndarray) -> np.ndarray:
+    """Let the plan use the packed weights that a pass before this one has left, or make room for them."""
+    _, I, H, *_ = key
+    weights = _weights(lay, I, H)
+    room = prepacked.kept.get(key)
+    plan[P.PACKED] = room is not None
+    if room is None:
+        room = aligned((sum(-(-floats // 16) * 16 for floats in weights.values()),))
+        room[: weights[P.BP]] = 0
+    at = address(room)
+    for place, floats in weights.items():
+        plan[place] = at
+        at += -(-floats // 16) * 64  # the next cache line
+    return room
+
+
 @lru_cache(1024)
 def _arrangement(
     cell: Cell, T: int, B: int, I: int, H: int, training: bool, steps: int | None, shards: int, units: bool, apart: bool,
-    precision: str,
+    precision: str, kept: bool,
 ) -> Arrangement:  # fmt: skip
-    """The forward pass; its `words` are the whole plan."""
+    """The forward pass; its `words` are the whole plan. `kept`: packed weights lie elsewhere."""
     lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
     W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
@@ -437,16 +462,17 @@ def _arrangement(
     HP, slots = blocks * W, -(-T // length) + 1 if again else T + 1 if training else 1
     saving = training and not again  # in this pass
     own = _tables(cell, precision)
+    weights = _weights(lay, I, H)
     zeroed = {
         P.FLAGS: shards * threads.FLAG_BYTES // 4,
-        P.BP: blocks * lay.pre * W,
+        P.BP: 0 if kept else weights[P.BP],
         P.ZEROS: TILE_COLUMNS * LANES,
         P.PARAMS: len(cell.params) * HP,
     }
     rest = {
         P.SCRATCH: shards * lay.scratch(),
-        P.WP: blocks * lay.words(I) * lay.x_gates * W,
-        P.RP: blocks * lay.words(H) * lay.h_gates * W,
+        P.WP: 0 if kept else weights[P.WP],
+        P.RP: 0 if kept else weights[P.RP],
         P.STATES: (S - 1) * slots * B * HP,
     }
     if paired:  # their rows are read in whole vectors, which may reach past the last row
@@ -524,7 +550,7 @@ def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
-    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str,
+    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str, prepacked: Prepacked | None,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
 
@@ -532,11 +558,15 @@ def prepare(
     """
     T, B, I, H, _ = shape
     lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
-    own = _arrangement(cell, T, B, I, H, training, steps, shards, units, apart, precision)
+    kept = prepacked is not None and not training and not paired
+    own = _arrangement(cell, T, B, I, H, training, steps, shards, units, apart, precision, kept)
     S, again = len(cell.state), training and steps is not None
     slab = own.slab()
     plan = own.words.copy()
     plan[own.places] += address(slab)
+    if kept:
+        key = (cell, I, H, bias is None)
+        room = _kept_weights(prepacked, key, lay, plan)
     HP = int(plan[P.HP])
     hs = aligned((T + 1, B, HP))
     cs = own.piece(slab, P.STATES, S - 1, -1, B, HP) if S > 1 else ()
@@ -589,6 +619,8 @@ def prepare(
     def finish() -> Forward:
         final = (hs[T, :, :H].copy(), *[c[-1, :, :H].copy() for c in cs])
         if not training:
+            if kept:
+                prepacked.kept[key] = room  # it is filled now
             inputs.clear()  # they were in use until here
             return Forward(hs[1:, :, :H], final, None, None)
         residual = Residual(

@@ -79,7 +79,9 @@ def share_panels(vectors, shard, shards):
 def pack(p, shard, shards):
     """The weights in the order of the forward tiles, the gates' columns of each block of units side by side, padded with
     0: (rows, row) -> [block][rows][gates width]. And the biases. In a narrow last block the recurrent weights' gates
-    stand closer, as many floats apart as the block has units."""
+    stand closer, as many floats apart as the block has units. Nothing is done where a pass before this one has done it."""
+    if get(p, P.PACKED) != 0:
+        return
     H, width, blocks, narrow = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS), get(p, P.NARROW) * LANES
     units = H - (blocks - 1) * width  # of the last block
     u0, u1 = share(blocks, shard, shards)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..derive import Cell
-from ..sequence import Forward, Gradients, check_backward, check_forward, check_precision
+from ..sequence import Forward, Gradients, Prepacked, check_backward, check_forward, check_precision
 from . import fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout, Prepared, Residual
@@ -103,10 +103,11 @@ def forward(
     projection: np.ndarray | None = None,
     steps: int | None = None,
     precision: str = "float32",
+    prepacked: Prepacked | None = None,
 ) -> Forward:
     """Run the sequence in float32, its products in `precision`; see ../sequence.py for arguments, shapes and meaning.
 
-    `steps`: see `recomputes`.
+    `steps`: see `recomputes`. `prepacked`: where packed weights are kept for the next call of inference.
 
     Raises:
         ValueError: an array's shape does not fit the others, or an unknown precision.
@@ -120,7 +121,7 @@ def forward(
     """
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
     options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection, "steps": steps}
-    options["precision"] = precision
+    options |= {"precision": precision, "prepacked": prepacked}
     return run([_prepare(*arguments, training=training, **options)])[0]
 
 
@@ -154,7 +155,7 @@ def run(jobs: list[Prepared], together: bool = False) -> list[Any]:
 def _prepare(
     cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, state: Any, valid: Any,
     *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Any = None, steps: int | None = None,
-    precision: str = "float32", at_once: int = 1, alone: bool = False,
+    precision: str = "float32", prepacked: Prepacked | None = None, at_once: int = 1, alone: bool = False,
 ) -> Prepared:  # fmt: skip
     """A forward pass: arguments held to their shapes, memory laid out, the plan written; `alone`: for one thread."""
     T, B, I, H, Q = check_forward(
@@ -171,11 +172,13 @@ def _prepare(
     arrays = [_float32(a) for a in (x, kernel, recurrent_kernel)]
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
     valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
-    module = staged if len(cell.stages) > 1 else fused
-    return module.prepare(
+    arguments = (
         cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
         shards, units, apart, at_once, steps, precision,
     )  # fmt: skip
+    if len(cell.stages) > 1:  # they pack anew in each call
+        return staged.prepare(*arguments)
+    return fused.prepare(*arguments, prepacked)
 
 
 def prepare_step(

@@ -145,18 +145,27 @@ def give_way(b):
     call(b, "sched_yield" if os.name == "posix" else "SwitchToThread", I32)
 
 
+@operation("i()")
+def this_cpu(b):
+    """The processor that this thread is on, or -1 where the system does not tell."""
+    return b.sext(call(b, "sched_getcpu", I32), I64) if sys.platform.startswith("linux") else I64(-1)
+
+
 call_kernel = caller(3)
 
 
 def serve(slot, _, __):
-    """What a helper does from its waking to its sleeping."""
+    """What a helper does from its waking until it sleeps (the result is -1), or finds itself on the processor of who gives
+    it work (the result)."""
     waited = 0
     while True:
         state = load_acquire(slot)
         if state == WORKING:
             call_kernel(load_int(slot + 8), load_int(slot + 16), load_int(slot + 24), load_int(slot + 32))
+            cpu, waited = load_int(slot + 40), 0
             store_release(slot, WAITING)
-            waited = 0
+            if cpu >= 0 and cpu == this_cpu():
+                return cpu
         elif state == ASLEEP:
             exchange_if(slot, ASLEEP, WAITING)
         elif waited < LOOKOUT:
@@ -165,7 +174,7 @@ def serve(slot, _, __):
             if waited % SPINS == 0:
                 give_way()
         elif exchange_if(slot, WAITING, ASLEEP) != 0:
-            return
+            return -1
 
 
 @njit(**INNER_OPTIONS)
@@ -174,6 +183,7 @@ def _hand_out(work, slots, others):
         slot, row = slots + k * SLOT_BYTES, work + (k + 1) * 32
         for n in range(0, 32, 8):
             store_release(slot + 8 + n, load_int(row + n))
+        store_release(slot + 40, this_cpu())
         exchange(slot, WORKING)
 
 
@@ -215,8 +225,7 @@ def lead(work, slots, others):
 
 @cache
 def _native(function: Callable[..., Any]) -> Any:
-    result = types.void if function is serve else types.int64
-    return compile_kernel(function, function.__name__, "", result(types.int64, types.int64, types.int64))
+    return compile_kernel(function, function.__name__, "", types.int64(types.int64, types.int64, types.int64))
 
 
 class _Helper:
@@ -228,8 +237,11 @@ class _Helper:
 
     def _loop(self) -> None:
         while True:
-            leave_cpu(self.bell.get())
-            _native(serve)(self.slot, 0, 0)
+            cpu, awake = self.bell.get(), True
+            while awake:
+                leave_cpu(cpu)
+                cpu = _native(serve)(self.slot, 0, 0)
+                awake = cpu >= 0
 
 
 class _Gang:

@@ -18,7 +18,7 @@ import numpy as np
 
 from numlstm.kernels import remat
 from numlstm.kernels.int8 import Quantized
-from numlstm.kernels.sequence import PRECISIONS, check_precision
+from numlstm.kernels.sequence import PRECISIONS, Prepacked, check_precision
 
 __all__ = ["IN_PRECISION", "PRECISIONS", "Backend", "Kernel", "lookup", "register"]
 
@@ -36,6 +36,7 @@ OPERATIONS = (
     "quantized_sequence",  # on int8 weights, for inference
     "quantized_matmul",
 )
+KEEP_PACKED = ("numlstm.kernels.cpu.sequence",)  # modules of kernels that keep packed weights between calls
 IN_PRECISION = ("sequence", "matmul")  # those whose products follow `compile(precision=...)`
 
 
@@ -213,6 +214,7 @@ class Backend:
         projection: Array | None = None,
         remat_steps: int | None = None,
         keep_states: bool = True,
+        prepacked: Prepacked | None = None,
     ) -> Any:
         """Run a cell over x (T, B, I): a `Forward(h, final, states, residual)`.
 
@@ -223,9 +225,12 @@ class Backend:
             remat_steps: keep the states at every so many steps only, and compute what else a gradient needs
                 again, piece by piece (kernels/remat.py).
             keep_states: with `remat_steps`, whether `states` are wanted all the same.
+            prepacked: where kernels that pack weights may keep them for the next call.
         """
         serving = self._sequence_kernels(cell, kernel, training)
         options: dict[str, Any] = {}
+        if prepacked is not None and serving.__name__ in KEEP_PACKED:
+            options["prepacked"] = prepacked
         if remat_steps is not None:
             serving, options = remat.Remat(serving, remat_steps), {"keep_states": keep_states}
         out = serving.forward(
@@ -272,7 +277,7 @@ class Backend:
         if together is None or any(c.get("remat_steps") is not None for c in calls):
             return [self.sequence_forward(**c) for c in calls]
         (serving,) = servings
-        leave = ("remat_steps", "keep_states")
+        leave = ("remat_steps", "keep_states", *(() if serving.__name__ in KEEP_PACKED else ("prepacked",)))
         outs = together([_split({**c, **self._precision_of(c["kernel"])}, _FORWARD, leave) for c in calls])
         return [
             out._replace(residual=(serving, out.residual)) if c["training"] else out

@@ -429,3 +429,23 @@ def test_bad_calls(x, call, message):
     layer, _ = made(nl.LSTM, x)
     with pytest.raises(ValueError, match=message):
         call(layer, x)
+
+
+def test_packed_weights_are_kept_for_inference_until_one_changes(x):
+    layer = nl.LSTM(H)
+    first = layer(x).numpy()
+    kept = layer.kernel.prepacked(layer.recurrent_kernel, layer.bias).kept
+    assert len(kept) == 1
+    assert np.array_equal(layer(x).numpy(), first)
+    assert layer.kernel.prepacked(layer.recurrent_kernel, layer.bias).kept is kept
+    for changed in (layer.kernel, layer.recurrent_kernel, layer.bias):
+        changed.assign(changed.numpy() * 0.5)
+        after = layer(x).numpy()
+        with nl.use_backend("reference"):
+            assert np.allclose(after, layer(x).numpy(), atol=1e-6)
+        assert not np.allclose(after, first, atol=1e-4)
+        first = after
+    with nl.GradientTape() as tape:  # training packs anew
+        loss = layer(x).sum()
+    tape.gradient(loss, layer.trainable_weights)
+    assert np.array_equal(layer(x).numpy(), first)
