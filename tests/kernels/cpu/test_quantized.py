@@ -267,10 +267,13 @@ def test_two_sequences_at_once(keep_threads: None, monkeypatch: pytest.MonkeyPat
         same(out, q.forward(quantized, training=False))
 
 
-def test_the_split_rule(keep_threads: None) -> None:
+def test_the_split_rule(keep_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     threads.set_num_threads(2)
     cell = cells.lstm()
-    assert quantized._split(cell, 20, 32, 1, 50) == (1, False)
+    for awake, shards in ((False, 1), (True, 2)):  # little work is shared only with helpers that are awake
+        monkeypatch.setattr(threads, "ready", lambda awake=awake: awake)
+        assert quantized._split(cell, 20, 32, 1, 50) == (shards, False)
+        assert quantized._split(cell, 5, 4, 8, 16) == (1, False)
     assert quantized._split(cell, 60, 33, 90, 193) == (2, False)
     assert quantized._split(cell, 100, 1, 512, 1024) == (2, True)
     assert quantized._split(cell, 50, 32, 256, 512) == (2, True)

@@ -349,6 +349,16 @@ def test_nothing_to_do_is_refused(empty: int) -> None:
 # The choice of threads
 
 
+@pytest.mark.parametrize("awake", [False, True])
+def test_little_work_is_shared_with_helpers_that_are_awake(
+    awake: bool, keep_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads.set_num_threads(2)
+    monkeypatch.setattr(threads, "ready", lambda: awake)
+    assert sequence._split(cells.lstm(), 20, 32, 1, 50) == (2 if awake else 1, False)
+    assert sequence._split(cells.lstm(), 5, 4, 8, 16) == (1, False)
+
+
 def test_the_choice_of_split(keep_threads: None) -> None:
     lstm = cells.lstm()
     threads.set_num_threads(4)
