@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .workspace import aligned
+from .workspace import aligned, lay_out
 
 __all__ = ["Blueprint", "Relative", "Word"]
-
-LINE_FLOATS = 16  # pieces begin on a cache line
 
 
 class Relative(NamedTuple):
@@ -45,16 +43,8 @@ class Blueprint:
         words: Sequence[Word],
         where: Sequence[int] | None = None,
     ) -> None:
-        self.offset: dict[str, int] = {}
         self.size = {**zeroed, **rest}
-        end = 0
-        for pieces in (zeroed, rest):
-            for name, floats in pieces.items():
-                self.offset[name] = end
-                end += -(-floats // LINE_FLOATS) * LINE_FLOATS
-            if pieces is zeroed:
-                self.zeroed = end
-        self.floats = end
+        self.offset, self.zeroed, self.floats = lay_out(zeroed, rest)
         places = range(len(words)) if where is None else where
         self.where = slice(0, len(words)) if where is None else np.array(places, np.intp)
         self.words = np.zeros(len(words), np.int64)

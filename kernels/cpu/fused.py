@@ -55,7 +55,7 @@ from .plan import SIGNATURE, get, share
 from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
 from .threads import barrier
 from .tiles import aux_rows, compile_tile, inline, store_rows
-from .workspace import address, aligned
+from .workspace import address, aligned, lay_out
 
 __all__ = ["forward_tile", "prepare", "prepare_back"]
 
@@ -408,13 +408,7 @@ class Arrangement(NamedTuple):
 
 def _arrange(words: dict[P, int], zeroed: dict[P, int], rest: dict[P, int]) -> tuple[Arrangement, np.ndarray]:
     """Lay out pieces one after the other, each from the start of a cache line; and the places that `words` fills."""
-    offset, end, start = {}, 0, 0
-    for pieces in (zeroed, rest):
-        for place, floats in pieces.items():
-            offset[place] = end
-            end += -(-floats // 16) * 16
-        if pieces is zeroed:
-            start = end
+    offset, start, end = lay_out(zeroed, rest)
     words = words | {place: 4 * at for place, at in offset.items()}
     where = np.array(list(words), np.intp)
     places = np.array([list(words).index(place) for place in offset], np.intp)
@@ -437,15 +431,14 @@ def _kept_weights(prepacked: Prepacked, key: tuple[Any, ...], lay: Layout, plan:
     """Let the plan use the packed weights that a pass before this one has left, or make room for them."""
     _, I, H, *_ = key
     weights = _weights(lay, I, H)
+    offsets, _, end = lay_out({}, weights)
     room = prepacked.kept.get(key)
     plan[P.PACKED] = room is not None
     if room is None:
-        room = aligned((sum(-(-floats // 16) * 16 for floats in weights.values()),))
+        room = aligned((end,))
         room[: weights[P.BP]] = 0
-    at = address(room)
-    for place, floats in weights.items():
-        plan[place] = at
-        at += -(-floats // 16) * 64  # the next cache line
+    for place, offset in offsets.items():
+        plan[place] = address(room) + 4 * offset
     return room
 
 

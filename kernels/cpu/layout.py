@@ -90,9 +90,7 @@ class P(IntEnum):
     PLAIN = auto()
     WIDTH = auto()  # units a block
     PRE = auto()  # pre-activations a unit
-    NARROW = (
-        auto()
-    )  # vectors that the last block's recurrent product takes with its gates side by side; 0: no fewer
+    NARROW = auto()  # vectors of the last block's recurrent product with its gates side by side; 0: no fewer
     FORWARD_TILE = auto()  # addresses of the stage's equations, compiled
     BACKWARD_TILE = auto()
     SCRATCH_BYTES = auto()  # a shard's

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-__all__ = ["address", "aligned", "carve", "release"]
+__all__ = ["address", "aligned", "carve", "lay_out", "release"]
 
 ALIGNMENT = 64
 POOLED_FROM = 1 << 15  # bytes; smaller blocks the C library keeps by itself
@@ -103,19 +105,26 @@ def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
     return array
 
 
+def lay_out(zeroed: Mapping[Any, int], rest: Mapping[Any, int]) -> tuple[dict[Any, int], int, int]:
+    """Pieces of so many floats one after the other, each from the start of a cache line: where each begins, where those of
+    `zeroed` end, and where all do."""
+    offsets, end, start = {}, 0, 0
+    for pieces in (zeroed, rest):
+        for place, floats in pieces.items():
+            offsets[place] = end
+            end += (floats + 15) & ~15
+        if pieces is zeroed:
+            start = end
+    return offsets, start, end
+
+
 def carve(plan: list[int], zeroed: dict[int, int], rest: dict[int, int]) -> tuple[np.ndarray, dict[int, int]]:
     """One array for many pieces: `plan[place]` becomes the address of each piece, given as {place: floats}.
 
     Returns the array, whose owner must outlive the plan's use, and each piece's offset in it. The pieces of `zeroed` are
     filled with 0.
     """
-    offsets, end = {}, 0
-    for pieces in (zeroed, rest):
-        for place, floats in pieces.items():
-            offsets[place] = end
-            end += (floats + 15) & ~15  # the next cache line
-        if pieces is zeroed:
-            start = end
+    offsets, start, end = lay_out(zeroed, rest)
     array = aligned((end,))
     array[:start] = 0
     base = address(array)
