@@ -327,15 +327,16 @@ def _backward(p, shard, shards):
 
 
 def _backward_again(p, shard, shards):
-    """Each piece is run forward before it goes back."""
+    """Each piece is run forward before it goes back, but for the last, whose values `_forward` has saved."""
     met, flags = 1, get(p, P.FLAGS)
     call_part(get(p, P.PACK_BACK), p, shard, shards)
     barrier(flags, shard, shards, met)
     for piece in range(p + (get(p, P.PIECES) - 1) * PLAN_BYTES, p - PLAN_BYTES, -PLAN_BYTES):
         T, units_split = get(piece, P.T), get(p, P.UNITS_SPLIT)
-        call_steps(get(p, P.STEPS), piece, shard, shards, met)
-        met += T * units_split + 1
-        barrier(flags, shard, shards, met)
+        if get(piece, P.SAVED) == 0:
+            call_steps(get(p, P.STEPS), piece, shard, shards, met)
+            met += T * units_split + 1
+            barrier(flags, shard, shards, met)
         call_steps(get(p, P.STEPS_BACK), piece, shard, shards, met)
         met += (T + 1) * units_split + 2
     call_part(get(p, P.UNPACK), p, shard, shards)
@@ -452,8 +453,7 @@ def _arrangement(
     W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
     length = min(steps, T) if again else T
-    HP, slots = blocks * W, -(-T // length) + 1 if again else T + 1 if training else 1
-    saving = training and not again  # in this pass
+    HP, slots = blocks * W, length + 1 if training else 1
     own = _tables(cell, precision)
     weights = _weights(lay, I, H)
     zeroed = {
@@ -471,10 +471,13 @@ def _arrangement(
     if paired:  # their rows are read in whole vectors, which may reach past the last row
         rest[P.X] = T * B * lay.words(I) + LANES
         rest[P.FED] = (T + 1 if training else 2) * B * HP // 2
-    if saving or apart:
+    if training or apart:
         rest[P.GATES] = blocks * length * B * lay.pre * W
-    if saving:
-        rest[P.EXTRA] = blocks * T * B * lay.extra * W
+    if training:
+        rest[P.EXTRA] = blocks * length * B * lay.extra * W
+    if again:
+        pieces = -(-T // length)
+        rest[P.STARTS] = (S - 1) * pieces * B * HP
     words = {
         P.T: T, P.B: B, P.I: I, P.H: H, P.K: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: int(units), P.APART: int(apart),
         P.FED_T: B * HP * 4 // lay.per_word, P.FED_B: HP * 4 // lay.per_word, P.PIECES: 1, P.PER_WORD: lay.per_word,
@@ -483,7 +486,8 @@ def _arrangement(
         P.H_GATES: lay.h_gates, P.GROUPS: len(own.products), P.OTHERS: S - 1, P.NARROW: lay.narrow(H),
         P.FORWARD_TILE: _tile(cell, _forward_tile, precision),
         P.SCRATCH_BYTES: 4 * lay.scratch(), P.X_ROW: len(cell.gates) * H, P.H_ROW: len(cell.recurrent) * H,
-        P.TRAINING: int(saving), P.MASK_STEPS: T, P.STATE_SLOT: slots * B * HP * 4, P.STATE_STEP: B * HP * 4 * saving,
+        P.TRAINING: int(training), P.MASK_STEPS: T, P.STATE_SLOT: slots * B * HP * 4,
+        P.STATE_STEP: B * HP * 4 * training, P.START_SLOT: pieces * B * HP * 4 if again else 0,
         **forward_parts(precision), P.STEPS: _address(_steps), P.FUSED: address(own.products),
         P.PLAIN: address(plain_families(precision)),
         P.X_COLUMN: address(own.x_column), P.H_COLUMN: address(own.h_column),
@@ -524,10 +528,6 @@ def _arrangement_back(
         rest[P.PAIRS] = shards * words[P.PAIRS_BYTES] // 4
     else:
         rest[P.ROWS] = packed_rows(I, H)
-    if length is not None:  # the saved values and the states of a piece
-        rest[P.GATES] = blocks * length * B * lay.pre * lay.width
-        rest[P.EXTRA] = blocks * length * B * lay.extra * lay.width
-        rest[P.STATES] = (S - 1) * (length + 1) * B * HP
     if need_dx:
         rest[P.WT] = lay.x_gates * lay.words(H) * -(-I // LANES) * LANES
     none = np.zeros((S - 1, 3), np.int64)
@@ -536,6 +536,9 @@ def _arrangement_back(
 
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
+_SAVING = np.array([P.TRAINING, P.STATE_STEP], np.intp)
+_STEPPED = np.array([P.T, P.B, P.I, P.HP, P.PER_WORD, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
+_MOVING = np.array([P.X, P.VALID, P.MASK, P.FED, P.STATE_H, P.DX, P.DY], np.intp)
 _WITH_CALL_BACK = np.array([P.DKERNEL, P.DRECURRENT, P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
 
 
@@ -563,13 +566,14 @@ def prepare(
     HP = int(plan[P.HP])
     hs = aligned((T + 1, B, HP))
     cs = own.piece(slab, P.STATES, S - 1, -1, B, HP) if S > 1 else ()
+    starts = own.piece(slab, P.STARTS, S - 1, -1, B, HP) if S > 1 and again else cs
     hs[0] = 0
     if S > 1:
-        cs[:, 0] = 0
+        starts[:, 0] = 0
     if state is not None:
         hs[0, :, :H] = state[0]
         for k in range(1, S):
-            cs[k - 1, 0, :, :H] = state[k]
+            starts[k - 1, 0, :, :H] = state[k]
     inputs = [x, kernel, recurrent_kernel, bias, valid]
     if params:
         own.piece(slab, P.PARAMS, len(params), HP)[:, :H] = params
@@ -603,14 +607,17 @@ def prepare(
 
     packed = plan
     if again:
-        packed, moved = _pieces(plan, T, min(steps, T), tables, lay)
+        length = min(steps, T)
+        packed, moved = _pieces(
+            plan.tobytes(), length, tuple((p, t.tobytes()) for p, t in tables.items()), False
+        )
         inputs.append(moved)
-        packed[:, P.START] = plan[P.STATES] + np.arange(len(packed)) * B * HP * 4
-        packed[:, P.START_SLOT] = plan[P.STATE_SLOT]
-        packed[:, P.STATES] = packed[:, P.START] + B * HP * 4
+        last = T - (len(packed) - 1) * length
+    else:
+        last = -1
 
     def finish() -> Forward:
-        final = (hs[T, :, :H].copy(), *[c[-1, :, :H].copy() for c in cs])
+        final = (hs[T, :, :H].copy(), *[c[last, :, :H].copy() for c in cs])
         if not training:
             if kept:
                 prepacked.kept[key] = room  # it is filled now
@@ -619,41 +626,54 @@ def prepare(
         residual = Residual(
             cell=cell, lay=lay, shape=(T, B, H, H), plan=plan, inputs=inputs, tables=tables, slab=slab, hs=hs,
             flags=own.piece(slab, P.FLAGS, -1), packed_weights=own.packed_weights(slab), has_bias=bias is not None,
-            has_state=state is not None, shards=shards, at_once=at_once, inner=(I, HP), starts=packed if again else None,
+            has_state=state is not None, shards=shards, at_once=at_once, inner=(I, HP), length=length if again else None,
         )  # fmt: skip
         states = None if again else tuple([c[1:, :, :H] for c in cs])
         return Forward(hs[1:, :, :H], final, states, residual)
 
-    places = ((hs[0], hs[T]), *((c[0], c[-1]) for c in cs))
+    places = ((hs[0], hs[T]), *((start[0], c[last]) for start, c in zip(starts, cs, strict=True)))
     return Prepared(compiled(_forward), packed, shards, finish, places)
 
 
+@lru_cache(64)
 def _pieces(
-    plan: np.ndarray, T: int, length: int, tables: dict[P, np.ndarray], lay: Layout
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A plan for each piece of `length` steps out of T: what lies at the sequence's first step moves on to the piece's.
+    plan: bytes, length: int, tables: tuple[tuple[P, bytes], ...], back: bool
+) -> tuple[np.ndarray, list[Any]]:
+    """A plan for each piece of `length` steps: what lies at the sequence's first step moves on to the piece's.
 
-    `tables` are those whose rows are an address, bytes between steps and bytes between rows, by their places in the plan;
-    the pieces' own are given back, to be kept alive.
+    Training asks the same again and again, as memory is used again: hence the cache, and a plan as bytes, its key.
+
+    Arguments:
+        tables: by place in the plan, those whose rows are an address, bytes between steps and bytes between rows; the
+            pieces' own are given back, to be kept alive.
+        back: of a backward pass.
     """
+    whole = np.frombuffer(plan, np.int64)
+    T, B, I, HP, per_word, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
     first = np.arange(0, T, length)
-    plans, B = np.tile(plan, (len(first), 1)), plan[P.B]
-    plans[:, P.T], plans[:, P.PIECES] = np.minimum(length, T - first), len(first)
-    plans[:, P.MASK_STEPS] -= first
-    features = 4 * B * int(plan[P.I])
-    x_step, h_step = 4 * B * lay.words(int(plan[P.I])), 4 * B * plan[P.HP]
-    for place, step in {
-        P.X: x_step, P.VALID: B, P.MASK: plan[P.MASK_T], P.FED: plan[P.FED_T], P.STATE_H: h_step, P.DX: features,
-        P.DY: plan[P.DY_T],
-    }.items():  # fmt: skip
-        if plan[place]:
-            plans[:, place] += first * step
+    bytes_a_step = np.zeros(len(P), np.int64)
+    bytes_a_step[_MOVING] = (4 * B * -(-I // per_word), B, mask_t, fed_t, 4 * B * HP, 4 * B * I, dy_t)
+    bytes_a_step[whole == 0] = 0  # what a call does not have
+    bytes_a_step[P.MASK_STEPS] = -1  # steps left
+    plans = whole + first[:, None] * bytes_a_step
+    plans[:, P.START] = whole[P.STARTS] + np.arange(len(first)) * (4 * B * HP)
+    plans[:, P.T], plans[:, P.PIECES] = length, len(first)
+    plans[-1, P.T] = T - first[-1]
+    # The last piece's values are saved on the way forward, for it is the first to go back. The others leave nothing but
+    # the next one's start.
+    if back:
+        plans[-1, P.SAVED] = 1
+    else:
+        plans[:-1, _SAVING] = 0
+        plans[:-1, P.STATES], plans[:-1, P.STATE_SLOT] = plans[1:, P.START], slot
     kept = []
-    for place, table in tables.items():
-        moved = np.tile(table, (len(first), 1, 1))
+    for place, rows in tables:
+        table = np.frombuffer(rows, np.int64).reshape(-1, 3)
+        moved = np.repeat(table[None], len(first), axis=0)
         moved[:, :, 0] += np.where(table[:, 0] != 0, first[:, None] * table[:, 1], 0)
         plans[:, place] = moved.ctypes.data + np.arange(len(first)) * table.nbytes
         kept.append(moved)
+    plans.flags.writeable = False
     return plans, kept
 
 
@@ -666,8 +686,7 @@ def prepare_back(
 ) -> Prepared:
     """The backward pass of what `prepare` prepared."""
     cell, plan, (T, B, H, _), (I, HP) = residual.cell, residual.plan, residual.shape, residual.inner
-    again, lay = residual.starts is not None, residual.lay
-    length = int(residual.starts[0, P.T]) if again else None
+    length, lay = residual.length, residual.lay
     own, where, no_states = _arrangement_back(
         cell, T, B, I, H, need_dx, length, residual.shards, lay.precision
     )
@@ -692,13 +711,12 @@ def prepare_back(
     plan[P.DSTATES] = address(later)
     residual.flags[:] = 0
     packed = plan  # a residual serves once
-    if again:
-        plan[P.TRAINING], plan[P.STATE_STEP] = 1, B * HP * 4
-        plan[P.STATE_SLOT] = (length + 1) * B * HP * 4
-        packed, moved = _pieces(plan, T, length, {**residual.tables, P.DSTATES: later}, lay)
+    if length is not None:
+        tables = {**residual.tables, P.DSTATES: later}
+        packed, moved = _pieces(
+            plan.tobytes(), length, tuple((p, t.tobytes()) for p, t in tables.items()), True
+        )
         kept += moved
-        for place in (P.START, P.START_SLOT):
-            packed[:, place] = residual.starts[:, place]
 
     def finish() -> Gradients:
         kept.clear()
@@ -719,4 +737,6 @@ def prepare_back(
         )  # their memory is free for the next step
         return Gradients(dx, dkernel, drecurrent, dbias, tuple(dparams), tuple(dstate))
 
-    return Prepared(compiled(_backward_again if again else _backward), packed, residual.shards, finish)
+    return Prepared(
+        compiled(_backward if length is None else _backward_again), packed, residual.shards, finish
+    )

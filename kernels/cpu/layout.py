@@ -129,8 +129,10 @@ class P(IntEnum):
     PAIRS_BYTES = auto()
     # Only where saved values are computed again (fused.py), with a plan for each piece of the sequence:
     PIECES = auto()
-    START = auto()  # the states after h as the piece begins, and bytes between them
+    STARTS = auto()  # the states after h as each piece begins: slot k at STARTS + k START_SLOT
+    START = auto()  # and as this one does
     START_SLOT = auto()
+    SAVED = auto()  # whether the pass before has left the piece's saved values
     OTHERS = auto()  # how many states there are beside h
     # Only for sequences of several stages (staged.py), each with a plan of its own:
     VECTORS = auto()  # table of the vectors that the stage reads, then of those it writes

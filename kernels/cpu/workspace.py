@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,9 @@ ALIGNMENT = 64
 POOLED_FROM = 1 << 15  # bytes; smaller blocks the C library keeps by itself
 POOL_LIMIT = 1 << 30  # bytes kept at most; beyond it memory goes back to the system
 
-_free: dict[
-    int, list[tuple[np.ndarray, int]]
-] = {}  # by size: blocks, and where their first aligned byte lies
+Raw = tuple[np.ndarray, int]  # a piece of memory, and the address of its first aligned byte
+
+_free: dict[int, list[Raw]] = {}  # by size
 _kept = 0
 
 _read = ctypes.c_ssize_t.from_address
@@ -52,26 +53,41 @@ address = _pick()
 
 
 class _Block:
-    """Owner of one piece of memory: arrays made from it keep it alive, and its end returns the piece to the free list.
+    """Owner of one piece of memory: arrays made from it keep it alive."""
 
-    Lists and dictionaries only, no lock: `__del__` may run anywhere, and these operations are atomic under the GIL.
-    """
+    __slots__ = ("__array_interface__", "__weakref__", "raw")
 
-    __slots__ = ("__array_interface__", "raw")
-
-    def __init__(self, raw: tuple[np.ndarray, int], shape: tuple[int, ...]) -> None:
+    def __init__(self, raw: Raw, shape: tuple[int, ...]) -> None:
         self.raw = raw
         self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": shape, "data": (raw[1], False)}
 
-    def __del__(self) -> None:
-        global _kept
+
+# The memory of every block, by a weak reference to it. One whose block is gone comes to `_ended`, and the next request for
+# memory takes it from there. By `list.append` and not by a function of ours or `__del__`: Python delivers Ctrl-C where a
+# Python function begins, and in those it would be printed and forgotten. No lock: each operation on a list or a dictionary
+# is atomic.
+_lent: dict[weakref.ref[_Block], Raw] = {}
+_ended: list[weakref.ref[_Block]] = []
+_refer, _end = weakref.ref, _ended.append
+
+
+def _take_back() -> None:
+    """Put the memory of blocks that are gone on the free list."""
+    global _kept
+    while True:
+        try:
+            raw = _lent.pop(
+                _ended.pop(0)
+            )  # the last to end is the first to be used again: its memory is warm
+        except IndexError:
+            return
+        size = len(raw[0])
         if _kept < POOL_LIMIT:
-            size = len(self.raw[0])
             _kept += size
             try:
-                _free[size].append(self.raw)
+                _free[size].append(raw)
             except KeyError:
-                _free.setdefault(size, []).append(self.raw)
+                _free.setdefault(size, []).append(raw)
 
 
 def _size_class(n: int) -> int:
@@ -91,15 +107,19 @@ def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
         if len(shape) != 1:
             array = array.reshape(shape)
     else:
+        if _ended:
+            _take_back()
         size = _size_class(4 * n)
         try:
-            block = _free[size].pop()
+            raw = _free[size].pop()
             _kept -= size
         except (KeyError, IndexError):
-            raw = np.empty(size, np.uint8)
-            start = address(raw)
-            block = raw, start + -start % ALIGNMENT
-        array = np.asarray(_Block(block, shape))
+            memory = np.empty(size, np.uint8)
+            start = address(memory)
+            raw = memory, start + -start % ALIGNMENT
+        block = _Block(raw, shape)
+        _lent[_refer(block, _end)] = raw
+        array = np.asarray(block)
     if zero:
         array[...] = 0
     return array
@@ -136,5 +156,6 @@ def carve(plan: list[int], zeroed: dict[int, int], rest: dict[int, int]) -> tupl
 def release() -> None:
     """Give the memory that is waiting for reuse back to the system."""
     global _kept
+    _take_back()
     _free.clear()
     _kept = 0

@@ -149,7 +149,8 @@ def test_memory_is_that_of_the_pieces(module):
     short, least = peak(module, question, remat.Remat(module, k))
     row = B * H * item
     # Plain: at least the four gates and the cell of every step. In pieces: two states for each, and what k steps
-    # compute with, save and give back, weights and their gradients included; the workspace keeps some for reuse.
+    # compute with, save and give back, weights and their gradients included; the workspace keeps some for reuse. The
+    # CPU's forward pass leaves the saved values of the last piece, for which the backward pass then asks no memory.
     assert kept > 5 * T * row
-    assert short < (2 * T // k + 8 * k) * row
+    assert short < (2 * T // k + 16 * k) * row
     assert least < (2 * T // k + 40 * k) * row < most / 3

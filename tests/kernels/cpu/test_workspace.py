@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -98,6 +99,7 @@ def test_the_pool_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "POOL_LIMIT", 1)
     arrays = [aligned(LARGE) for _ in range(3)]
     del arrays
+    workspace._take_back()
     assert sum(map(len, workspace._free.values())) == 1
     release()
     assert not workspace._free
@@ -124,6 +126,38 @@ def test_arrays_from_many_threads() -> None:
 def test_an_array_alive_at_exit_makes_no_noise(python) -> None:
     source = "from numlstm.kernels.cpu.workspace import aligned; a = [aligned((100000,))]; a.append(a)"
     assert python(source).stderr == ""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers there")
+def test_no_interrupt_is_lost(python) -> None:
+    """An exception that a signal raises in a finalizer of Python code is printed and forgotten."""
+    source = """
+import signal
+from numlstm.kernels.cpu.workspace import aligned
+
+class Interrupt(Exception):
+    pass
+
+raised = caught = 0
+
+def interrupt(*_):
+    global raised
+    raised += 1
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+for k in range(400):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-7 * k)
+        n = raised
+        while raised == n:
+            aligned((100_000,))
+    except Interrupt:
+        caught += 1
+print(raised - caught)
+"""
+    done = python(source)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_carved_pieces() -> None:
