@@ -2,6 +2,7 @@
 #   make demo         train an LSTM on Shakespeare and read what it writes (about a minute and a half)
 #   make test         ruff and the tests
 #   make test-peers   the tests against PyTorch, Keras and ONNX Runtime (installs them)
+#   make test-browser the viewer's page in headless Chromium (which must be there, with chromedriver)
 # PYTHON=python3.12 picks another interpreter, VENV=... another environment.
 
 VENV ?= .venv
@@ -24,18 +25,22 @@ endif
 RUN := $(BIN)/python
 STAMP = $(RUN) -c "import pathlib; pathlib.Path('$@').touch()"
 
-.PHONY: demo test test-peers lint format clean
+.PHONY: demo test test-peers test-browser lint format clean
 
 demo: $(VENV)/.stamp-demo
 	$(RUN) -m numlstm demo
 
 test: lint
-	$(RUN) -m pytest -m "not peers" $(PYTEST_ARGS)
+	$(RUN) -m pytest -m "not peers and not browser" $(PYTEST_ARGS)
 
 # Keras takes its backend from there when it is imported; the comparison needs gradients, so PyTorch.
 test-peers: export KERAS_BACKEND = torch
 test-peers: $(VENV)/.stamp-peers
 	$(RUN) -m pytest -m peers $(PYTEST_ARGS)
+
+# One process: one browser serves all tests.
+test-browser: $(VENV)/.stamp-browser
+	$(RUN) -m pytest -m browser
 
 lint: $(VENV)/.stamp-test
 	$(RUN) -m ruff check .
@@ -67,6 +72,10 @@ $(VENV)/.stamp-test: pyproject.toml $(VENV)/.stamp-venv
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet "$(KERAS)" --editable ".[peers]"
+	@$(STAMP)
+
+$(VENV)/.stamp-browser: $(VENV)/.stamp-test
+	$(RUN) -m pip install --quiet --editable ".[browser-test]"
 	@$(STAMP)
 
 clean:

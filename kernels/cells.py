@@ -21,6 +21,7 @@ from .derive import (
     exp,
     in_language,
     maximum,
+    named,
     normalize,
     preactivation,
     project,
@@ -301,7 +302,7 @@ def slstm() -> Cell:
     def slstm(i, f, z, o, c, n, m):
         log_f = -softplus(-f)
         m_new = maximum(log_f + m, i)
-        i, f = exp(i - m_new), exp(log_f + m - m_new)
+        i, f = named("i", exp(i - m_new)), named("f", exp(log_f + m - m_new))
         c, n = f * c + i * tanh(z), f * n + i
         return sigmoid(o) * c / n, c, n, m_new
 

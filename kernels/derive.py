@@ -77,6 +77,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
+        self.names: dict[str, Node] = {}  # given by `named`
         self._interned: dict[tuple, Node] = {}
 
     def node(self, op: str, args: tuple[Node, ...] = (), value: Any = None) -> Node:
@@ -299,6 +300,15 @@ def normalize(*values: Any) -> Any:
     return out if len(out) > 1 else out[0]
 
 
+def named(name: str, v: Any) -> Any:
+    """v, known by `name` to whoever looks into the cell: what a gate becomes where its activation is not its own alone."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TraceError(f"named(name, v): expected a name, got {name!r}")
+    if isinstance(v, Symbol) and v.graph.names.setdefault(name, v.node) is not v.node:
+        raise TraceError(f"named: {name!r} is given to two values")
+    return v
+
+
 def relu(x: Any) -> Any:
     return maximum(x, 0.0)
 
@@ -353,6 +363,7 @@ LANGUAGE: dict[str, Callable[..., Any]] = {
     "preactivation": preactivation,
     "project": project,
     "normalize": normalize,
+    "named": named,
 }
 
 
@@ -491,6 +502,8 @@ class Cell:
         aux: names of what is handed in at every step and not differentiated, such as a zoneout mask.
         projects: the output is narrower than the cell, by a projection matrix.
         stages: the parts of a step; one for most cells.
+        graph, new: all the equations as they were traced, and the nodes of the new states.
+        known: by node, the name of what a step has as an array: pre-activations, what stages hand on, new states.
         vectors: names of what stages hand on, states aside.
         saved: how many values the forward pass saves for the backward pass beside the states and vectors.
         digest: a hash of all that a kernel made from this cell depends on.
@@ -521,8 +534,10 @@ class Cell:
                 f"cell {self.name}: its function has no argument for {missing}; it has {self.arguments}"
             )
         self.function = function
-        graph, new = self._trace(function)
-        self.stages = _Cutter(self, graph, new, pre).stages()
+        self.graph, self.new = self._trace(function)
+        cutter = _Cutter(self, self.graph, self.new, pre)
+        self.stages = cutter.stages()
+        self.known = {**cutter.vector, **cutter.pre}
         self.projects = any(s.projects for s in self.stages)
         states1 = {s + "1" for s in self.state}
         self.vectors = tuple(

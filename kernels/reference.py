@@ -15,7 +15,7 @@ from .derive import NORM_EPSILON, Cell, Norm
 from .rounding import operand
 from .sequence import Forward, Gradients, check_backward, check_forward, check_precision
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "gradients_by_step"]
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -172,7 +172,6 @@ def _normalize(values: dict[str, Any], norm: Norm) -> np.ndarray:
     return scale
 
 
-@np.errstate(all="ignore")
 def backward(
     residual: Any,
     dh: np.ndarray | None,
@@ -182,6 +181,45 @@ def backward(
     dstates: tuple[Any, ...] | None = None,
 ) -> Gradients:
     """Gradients of `forward`; see sequence.py for arguments, shapes and meaning."""
+    return _backward(residual, dh, dfinal, need_dx, dstates, {})
+
+
+def gradients_by_step(
+    residual: Any,
+    dh: np.ndarray | None,
+    dfinal: tuple[Any, ...],
+    dstates: tuple[Any, ...] | None = None,
+) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, ...]]:
+    """What `backward` goes through, by name: the loss's gradients with respect to each state after each step, by its own
+    results and through all later steps, (T, B, units), and to each pre-activation, 0 at steps that are not valid.
+    And those of the initial state, as `backward` gives them.
+
+    >>> import numpy as np
+    >>> from numlstm.kernels import cells
+    >>> x, one, half = np.zeros((3, 1, 1)), np.ones((1, 1)), np.full((1, 1), 0.5)
+    >>> out = forward(cells.elman("linear"), x, one, half, None, (), None, None, training=True)
+    >>> found, (first,) = gradients_by_step(out.residual, None, (np.ones((1, 1)),))
+    >>> found["h"].ravel().tolist(), found["a"].ravel().tolist(), first.item()
+    ([0.25, 0.5, 1.0], [0.25, 0.5, 1.0], 0.125)
+    """
+    T, B, H, P = residual.shape
+    cell = residual.cell
+    found = {s: np.zeros((T, B, H if k else P), residual.dtype) for k, s in enumerate(cell.state)}
+    gates = dict.fromkeys(name for s in cell.stages if not s.projects for name in s.pre)
+    found |= {name: np.zeros((T, B, H), residual.dtype) for name in gates}
+    return found, _backward(residual, dh, dfinal, False, dstates, found).state
+
+
+@np.errstate(all="ignore")
+def _backward(
+    residual: Any,
+    dh: np.ndarray | None,
+    dfinal: tuple[Any, ...],
+    need_dx: bool,
+    dstates: tuple[Any, ...] | None,
+    seen: dict[str, np.ndarray],
+) -> Gradients:
+    """`backward`, which writes the gradients of the states and pre-activations that have a place in `seen` there."""
     r, cell, weights = residual, residual.cell, residual.weights
     T, B, H, P = r.shape
     check_backward(cell, r.shape, dh, dfinal, dstates)
@@ -199,6 +237,8 @@ def backward(
         for s in cell.state:
             if upstream[s] is not None:
                 d_new[s] = d_new[s] + upstream[s][t]
+            if s in seen:
+                seen[s][t] = d_new[s]
         gradient: dict[str, Any] = {s + "1": d for s, d in d_new.items()}  # by vector; what is missing is 0
         for k, stage, (_, function), (_, scales, saved) in reversed(
             list(zip(range(len(kept)), cell.stages, functions(cell), kept, strict=True))
@@ -214,6 +254,9 @@ def backward(
             if live is not None:
                 out = [np.where(live, v, 0) for v in out]
             found = dict(zip((*stage.pre, *stage.given, *stage.params), out, strict=True))
+            for name in stage.pre:
+                if name in seen:
+                    seen[name][t] = found[name]
             for m in stage.made:
                 gradient.pop(m, None)  # a vector that takes another's place begins anew
             for n in stage.given:

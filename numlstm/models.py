@@ -15,6 +15,7 @@ from numlstm.autograd import Tensor
 from numlstm.io.native import load_model
 from numlstm.layers.base import Layer, Shape, from_config, registry, to_config
 from numlstm.layers.recurrent import Recurrent
+from numlstm.progress import html_table
 from numlstm.quantization import is_quantized, quantize
 from numlstm.registry import serialize
 from numlstm.training import Trainer
@@ -162,26 +163,52 @@ class Model(Trainer, Layer):
 
     def summary(self, print_fn: Callable[[str], Any] | None = None, width: int | None = None) -> None:
         """Print the layers with output shapes and numbers of weights, or hand each line to `print_fn`."""
-        from rich import box
         from rich.console import Console
-        from rich.table import Table
 
         buffer = io.StringIO()
         console = Console(file=buffer, width=width or 80, color_system=None)
-        table = Table(title=f"{type(self).__name__} {self.name!r}", box=box.SIMPLE_HEAD, title_justify="left")
-        for heading, justify in (("Layer (type)", "left"), ("Output shape", "left"), ("Weights", "right")):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        for layer in self.layers:
-            count = f"{layer.count_params():,}" if layer.built else "not built"
-            kind = type(layer).__name__ + (", int8" if is_quantized(layer) else "")
-            table.add_row(f"{layer.name} ({kind})", _output_shape(layer), count)
-        console.print(table)
-        console.print(f"Total: {_amount(self.weights)}")
-        console.print(
-            f"Trained: {_amount(self.trainable_weights)}. Fixed: {_amount(self.non_trainable_weights)}."
-        )
+        console.print(self)
         for line in buffer.getvalue().rstrip().splitlines():
             (print_fn or print)(line.rstrip())
+
+    def __rich__(self) -> Any:
+        """What `rich.print(model)` shows, and `summary` in plain text."""
+        from rich import box
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+        from rich.text import Text
+
+        title, heading, rows, notes = self._described()
+        table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left")
+        for k, name in enumerate(heading):
+            table.add_column(name, justify="right" if k == len(heading) - 1 else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        return Group(table, *map(Text, notes))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        title, heading, rows, notes = self._described()
+        return html_table(title, heading, rows, " ".join(notes))
+
+    def _described(self) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Title, heading, a row for each layer, and notes below."""
+        rows = []
+        for layer in self.layers:
+            kind = type(layer).__name__ + (", int8" if is_quantized(layer) else "")
+            count = f"{layer.count_params():,}" if layer.built else "not built"
+            rows.append([f"{layer.name} ({kind})", output_shape(layer), count])
+        notes = [
+            f"Total: {_amount(self.weights)}",
+            f"Trained: {_amount(self.trainable_weights)}. Fixed: {_amount(self.non_trainable_weights)}.",
+        ]
+        return (
+            f"{type(self).__name__} {self.name!r}",
+            ["Layer (type)", "Output shape", "Weights"],
+            rows,
+            notes,
+        )
 
 
 @registry.register()
@@ -318,7 +345,8 @@ class Sequential(Model):
         return {**options, "layers": [to_config(layer) for layer in self._layers]}
 
 
-def _output_shape(layer: Layer) -> str:
+def output_shape(layer: Layer) -> str:
+    """The shape of a layer's output for people: "(any, 10, 50)", or "?" where only a call can tell."""
     if not layer.built:
         return "?"
     try:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -923,6 +925,40 @@ def recurrent_pair(first: dict[str, Any], second: dict[str, Any]) -> tuple[Seque
     return a, b
 
 
+class Watcher(Protocol):
+    """Who looks on while recurrent sequences run: see `watched`. Arrays are the backend's, time-major."""
+
+    def forward(self, kernel: Tensor, arguments: dict[str, Any], reverse: bool, out: Any) -> Any:
+        """A sequence has run: its kernel as it was given (a layer's own variable), the arguments of the backend's
+        `sequence_forward`, whether they are in reverse order of time, and its `Forward`, with every state's
+        sequence. What is returned comes back in `backward`. Arrays may change afterwards: copy."""
+
+    def backward(self, seen: Any, dh: Any, dfinal: Sequence[Any], dstates: Sequence[Any] | None) -> None:
+        """The gradients that reach its results are known; its backward pass comes next."""
+
+
+_WATCHER: ContextVar[Watcher | None] = ContextVar("sequence_watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within the block, `watcher` sees every recurrent sequence that runs; its backward pass too, whenever it comes.
+
+    >>> class Printer:
+    ...     def forward(self, kernel, arguments, reverse, out):
+    ...         print(arguments["cell"].name, out.h.shape)
+    >>> from numlstm.layers import GRU
+    >>> with watched(Printer()):
+    ...     y = GRU(4)(np.zeros((2, 5, 3)))
+    gru (5, 2, 4)
+    """
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
 class _Sequence:
     """The arguments of one `recurrent`, checked and time-major, and the way back of its results."""
 
@@ -943,6 +979,7 @@ class _Sequence:
         projection: TensorLike | None = None,
         remat_steps: int | None = None,
     ) -> None:
+        self.watcher = _WATCHER.get()
         quantized = isinstance(kernel, QuantizedVariable)
         self.kernel = kernel = kernel if quantized else _floating(kernel)
         dtype = np.dtype(np.float32) if quantized else kernel.data.dtype
@@ -986,7 +1023,7 @@ class _Sequence:
             "params": tuple([p.data for p in params]),
             "state": None if state is None else tuple([s.data for s in state]),
             "valid": valid,
-            "training": self.recorded or bool(training),
+            "training": self.recorded or bool(training) or self.watcher is not None,
             "aux": tuple([np.asarray(a, dtype).swapaxes(0, 1) for a in aux]),
             "recurrent_mask": (
                 None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1)
@@ -999,8 +1036,11 @@ class _Sequence:
             if projection is not None:
                 self.arguments["projection"] = _quantized(projection)
         elif remat_steps is not None:
-            self.arguments |= {"remat_steps": remat_steps, "keep_states": bool(training)}
-        elif not (self.recorded or training):
+            self.arguments |= {
+                "remat_steps": remat_steps,
+                "keep_states": bool(training) or self.watcher is not None,
+            }
+        elif not self.arguments["training"]:
             others = (recurrent_kernel,) if bias is None else (recurrent_kernel, bias)
             if all(isinstance(v, Variable) for v in (kernel, *others)):
                 self.arguments["prepacked"] = kernel.prepacked(*others)
@@ -1008,6 +1048,8 @@ class _Sequence:
     def keep(self, out: Any) -> list[Array]:
         """The results, batch-major: every output, the last states, the other states' sequences."""
         self.residual, self.kept = out.residual, out.states is not None
+        if self.watcher is not None:
+            self.seen = self.watcher.forward(self.kernel, self.arguments, self.direction < 0, out)
         del self.arguments  # what the backward pass needs of them, the residual holds
         results = [out.h.swapaxes(0, 1), *out.final]
         if self.kept:
@@ -1024,7 +1066,11 @@ class _Sequence:
             if g is not None:
                 options["dstates"] = dstates
                 break
-        return (self.residual, None if dh is None else dh.swapaxes(0, 1), d[1:last]), options
+        if dh is not None:
+            dh = dh.swapaxes(0, 1)
+        if self.watcher is not None:
+            self.watcher.backward(self.seen, dh, d[1:last], options.get("dstates"))
+        return (self.residual, dh, d[1:last]), options
 
     def gradients(self, g: Any) -> list[Array | None]:
         """The kernel's gradients in the order of `inputs`."""

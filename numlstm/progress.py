@@ -5,12 +5,13 @@ epoch, `step` after each batch, `close` at the end, whatever happened. A step co
 is time to redraw. rich is imported only when there is a terminal to draw on.
 """
 
+import html
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Bar", "Lines", "Silent", "format_logs", "progress"]
+__all__ = ["Bar", "Lines", "Silent", "figure_text", "format_logs", "html_table", "progress"]
 
 Logs = Mapping[str, Any]
 
@@ -135,10 +136,36 @@ def format_logs(logs: Logs) -> str:
     >>> format_logs({"loss": 0.12344, "learning_rate": 1e-5, "precision": [0.5, 0.25]})
     'loss: 0.1234 - learning_rate: 1.0000e-05 - precision: [0.5, 0.25]'
     """
-    return " - ".join(f"{name}: {_figure(value)}" for name, value in logs.items())
+    return " - ".join(f"{name}: {figure_text(value)}" for name, value in logs.items())
 
 
-def _figure(value: Any) -> str:
+def figure_text(value: Any) -> str:
+    """A figure for people: four digits after the point, or in powers of ten where that would show none.
+
+    >>> figure_text(0.12344), figure_text(1e-5), figure_text([1, 2])
+    ('0.1234', '1.0000e-05', '[1, 2]')
+    """
     if not isinstance(value, (int, float)):
         return str(value)
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 or value != value else f"{value:.4e}"
+
+
+def html_table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]], notes: str = "") -> str:
+    """A table for a notebook, the first column to the left and all others to the right; every text is escaped.
+
+    >>> html_table("<Model>", ["Layer"], [["a & b"]]).count("&lt;Model&gt;")
+    1
+    """
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        sides = ("left", *("right",) * (len(texts) - 1))
+        return "".join(
+            f'<{tag} style="text-align: {side}">{html.escape(str(text))}</{tag}>'
+            for side, text in zip(sides, texts, strict=True)
+        )
+
+    head = f"<thead><tr>{cells('th', heading)}</tr></thead>"
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    caption = f'<caption style="text-align: left">{html.escape(title)}</caption>'
+    below = f"<p>{html.escape(notes)}</p>" if notes else ""
+    return f"<div><table>{caption}{head}<tbody>{body}</tbody></table>{below}</div>"

@@ -348,6 +348,48 @@ class Trainer:
             _test_step(self, self._one_batch(x, y, sample_weight, mask, lengths), figures)
         return _results(figures.logs(), return_dict)
 
+    def loss_and_gradients(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        training: bool = False,
+    ) -> tuple[float, list[Any], Any]:
+        """The loss of one batch, penalties included, and its gradient by each weight. Nothing is trained.
+
+        Arguments:
+            x, y, sample_weight, mask, lengths: as in `train_on_batch`.
+            training: with dropout and the like, as in training, drawn anew.
+
+        Returns the loss; an array for each of `weights`, those that are not trained too, None where the loss
+        does not depend on it; and the model's outputs.
+
+        Raises ValueError for data that do not fit, or a model that was not compiled.
+
+        >>> import numlstm as nl
+        >>> model = nl.Sequential([nl.LSTM(4), nl.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> loss, gradients, outputs = model.loss_and_gradients(np.ones((2, 3, 1)), np.ones((2, 1)))
+        >>> [g.shape for g in gradients], outputs.shape
+        ([(1, 16), (4, 16), (16,), (4, 1), (1,)], (2, 1))
+        """
+        self._need_compiled("loss_and_gradients")
+        self._need_float_weights("loss_and_gradients")
+        batch = self._one_batch(x, y, sample_weight, mask, lengths)
+        with self._running(None):
+            if not self.built:
+                self._build(batch)
+            with GradientTape() as tape:
+                for variable in self.weights:  # frozen ones too
+                    tape.watch(variable)
+                y_pred = self(batch.x, training=bool(training), mask=batch.mask)
+                total, _ = _objective(_Figures(self), _Penalties(self, self.trainable_weights), batch, y_pred)
+            gradients = tape.gradient(total, self.weights)
+        return float(total.item()), gradients, y_pred.numpy()
+
     def predict_on_batch(self, x: Any, *, mask: Any = None, lengths: Any = None) -> Any:
         """The outputs for one batch: an array, or a list of arrays for a model with several outputs."""
         batch = self._one_batch(x, None, None, mask, lengths)
@@ -634,13 +676,19 @@ class _TrainStep:
             return
         with GradientTape() as tape:
             y_pred = model(batch.x, training=True, mask=batch.mask)
-            total, parts = figures.objective(batch, y_pred)
-            for penalty in self.penalties():
-                total = penalty if total is None else total + penalty
-        if total is None:
-            raise ValueError("loss: the model was compiled without one, and no layer adds any")
+            total, parts = _objective(figures, self.penalties, batch, y_pred)
         self.optimizer.apply(tape.gradient(total, self.variables, rows=True), self.variables)
         figures.add(total.item(), batch, y_pred, parts)
+
+
+def _objective(figures: _Figures, penalties: "_Penalties", batch: Batch, y_pred: Any) -> tuple[Tensor, Any]:
+    """What is differentiated: the loss of a batch and the penalties; and what `_Figures.add` needs."""
+    total, parts = figures.objective(batch, y_pred)
+    for penalty in penalties():
+        total = penalty if total is None else total + penalty
+    if total is None:
+        raise ValueError("loss: the model was compiled without one, and no layer adds any")
+    return total, parts
 
 
 class _Penalties:

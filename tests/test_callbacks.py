@@ -1,12 +1,17 @@
 """Callbacks: what each does to a training run, what it writes, and what it refuses."""
 
 import csv
+import io
+import json
+import re
+import sys
 
 import numpy as np
 import pytest
 
 import numlstm as nl
 from numlstm import callbacks
+from numlstm.callbacks import tracking
 
 X = np.random.default_rng(0).normal(size=(12, 4, 2)).astype(np.float32)
 Y = X[:, -1, :1]
@@ -172,6 +177,90 @@ def test_csv_logger(tmp_path):
     assert float(rows[1][1]) > 0
     fit(made, callbacks.CSVLogger(path, separator=";"), epochs=1)
     assert path.read_text().startswith("epoch;loss\n0;")
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "log.jsonl"
+    made = model()
+    history = fit(made, callbacks.JSONLogger(path), epochs=2, validation_data=(X, Y))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"epoch": e, **{name: values[e] for name, values in history.history.items()}} for e in range(2)
+    ]
+    odd = [float("nan"), np.float32(0.5), np.array([1.0, np.inf])]
+    logger = callbacks.JSONLogger(path, append=True)
+    logger.on_train_begin({})
+    for epoch, value in enumerate(odd, 2):
+        logger.on_epoch_end(epoch, {"val_loss": value})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["val_loss"] for line in lines[2:]] == [None, 0.5, [1.0, None]]
+    logger = callbacks.JSONLogger(path)
+    logger.on_train_begin({})
+    assert path.read_text() == ""
+
+
+def test_tensorboard_refuses_what_can_not_be_and_names_its_extra(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="histogram_freq: expected a number of epochs >= 0, got -1"):
+        callbacks.TensorBoard(tmp_path, histogram_freq=-1)
+    with pytest.raises(ValueError, match="update_freq: expected 'epoch' or a number of steps >= 1, got 0"):
+        callbacks.TensorBoard(tmp_path, update_freq=0)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    tracking._tensorboard.cache_clear()
+    with pytest.raises(ImportError, match=re.escape("pip install 'numlstm[tensorboard]'")):
+        fit(model(), callbacks.TensorBoard(tmp_path / "logs"))
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.peers
+def test_tensorboard_reads_back_what_was_written(tmp_path):
+    """By its own EventAccumulator."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.util.tensor_util import make_ndarray
+
+    tracking._tensorboard.cache_clear()
+    made = model()
+    board = callbacks.TensorBoard(tmp_path, histogram_freq=2, update_freq=2, write_steps_per_second=True)
+    history = fit(made, board, epochs=3, batch_size=4, validation_data=(X, Y)).history
+    found = {}
+    for part in ("train", "validation"):
+        events = accumulator.EventAccumulator(str(tmp_path / part), size_guidance={"tensors": 0})
+        events.Reload()
+        found[part] = {
+            tag: [(e.step, make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
+            for tag in events.Tags()["tensors"]
+        }
+    assert found["train"]["epoch_loss"] == [(e, np.float32(v)) for e, v in enumerate(history["loss"])]
+    assert found["validation"]["epoch_loss"] == [
+        (e, np.float32(v)) for e, v in enumerate(history["val_loss"])
+    ]
+    assert [v for _, v in found["train"]["epoch_learning_rate"]] == [np.float32(0.1)] * 3
+    assert [step for step, _ in found["train"]["batch_loss"]] == [2, 4, 6, 8]
+    assert all(v > 0 for _, v in found["train"]["epoch_steps_per_second"])
+    weights = made.named_weights()
+    assert set(weights) <= set(found["train"])
+    for name, variable in weights.items():
+        steps, buckets = zip(*found["train"][name], strict=True)
+        assert steps == (0, 2)
+        assert buckets[-1][:, 2].sum() == variable.size  # counts
+        assert buckets[-1][0, 0] <= variable.numpy().min() and buckets[-1][-1, 1] >= variable.numpy().max()
+
+
+def test_a_history_shows_itself():
+    history = callbacks.History()
+    assert "0 epochs" in history._repr_html_()
+    for epoch, (loss, val) in enumerate([(3.0, 2.5), (2.0, 1.5), (1.0, 1e-5), (0.5, 2.0)]):
+        history.on_epoch_end(epoch, {"loss": loss, "val_loss": val, "<b>": epoch})
+    page = history._repr_html_()
+    assert "<b>" not in page and "&lt;b&gt;" in page
+    for text in ("4 epochs", "1 (first)", "3 (best)", "4 (last)", "1.0000e-05", "0.5000"):
+        assert f">{text}<" in page
+    assert "2 (" not in page
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(history)
+    assert "3 (best)" in console.export_text()
 
 
 def test_a_foreign_backup_is_refused(tmp_path):

@@ -483,3 +483,73 @@ def test_json_has_no_nan():
         "b": [2, [None]],
         "c": [1.5, None],
     }
+
+
+def page_about(path):
+    """What a page of `inspect` holds beside numbers."""
+    import re
+
+    found = re.search(
+        r'<script type="application/json" id="about">(.*?)</script>', path.read_text("utf-8"), re.S
+    )
+    return json.loads(found[1])
+
+
+def test_inspect_a_text_model(text_model, text_file, capsys, tmp_path):
+    done = call_json(capsys, "inspect", text_model, text_file, "--start", 10, "--length", 80, "--gradients")
+    about = page_about(tmp_path / "gates.html")
+    assert "".join(about["tokens"]) == TEXT[10:89]  # the last one is only to be foretold
+    (layer,) = about["layers"]
+    assert {a["name"] for a in layer["arrays"]} == {*"hcifgo", *(f"d_{n}" for n in "hcifgo")}
+    assert about["expects"] and done["written"] == "gates.html"
+    assert done["bytes"] == (tmp_path / "gates.html").stat().st_size
+    (units,) = done["layers"].values()
+    strengths = [abs(unit["r"]) for unit in units]
+    assert len(units) == 5 and strengths == sorted(strengths, reverse=True)
+    assert call("inspect", text_model, text_file, "--out", "gates.png") == 0
+    assert (tmp_path / "gates.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_inspect_a_model_of_words(text_file, capsys, tmp_path):
+    assert call("train", "text", text_file, "--level", "word", *SMALL_TEXT, "--out", "words") == 0
+    assert call("inspect", "words/model.safetensors", text_file, "--length", 20, "--out", "w.html") == 0
+    about = page_about(tmp_path / "w.html")
+    assert about["level"] == "word" and about["tokens"][:3] == ["the", "cat", "sat"]
+
+
+def test_inspect_a_forecasting_model(table_model, table_file, capsys, tmp_path):
+    assert call("inspect", table_model, table_file, "--gradients") == 0
+    about = page_about(tmp_path / "gates.html")
+    assert about["steps"] == 6 and "d_c" in {a["name"] for a in about["layers"][0]["arrays"]}
+    out = capsys.readouterr().out
+    assert "Rows 153 to 158 of 160." in out  # the two after them are foretold
+    assert call("inspect", table_model, table_file, "--length", 40) == 0
+    assert "trained on windows of 6 rows" in capsys.readouterr().out
+    assert page_about(tmp_path / "gates.html")["steps"] == 40
+
+
+def test_inspect_arrays_and_tables(capsys, tmp_path):
+    model = nl.Sequential([nl.GRU(3, name="g", input_shape=(None, 2)), nl.Dense(1)])
+    model.compile("sgd", "mse")
+    model.save("m.safetensors")
+    x = np.random.default_rng(0).standard_normal((4, 9, 2)).astype(np.float32)
+    np.save("x.npy", x)
+    np.savez("xy.npz", x=x, y=np.ones((4, 1), np.float32), lengths=np.array([9, 5, 9, 9]))
+    (tmp_path / "t.csv").write_text("a,b,name\n" + "".join(f"{i},{i * i % 7},x\n" for i in range(30)))
+    assert call("inspect", "m.safetensors", "x.npy", "--row", 2, "--length", 5) == 0
+    shown = page_about(tmp_path / "gates.html")["series"]
+    np.testing.assert_allclose(shown[0]["values"], x[2, :5, 0], rtol=1e-5)
+    assert call("inspect", "m.safetensors", "xy.npz", "--gradients", "--row", 1) == 0
+    assert "d_z" in {a["name"] for a in page_about(tmp_path / "gates.html")["layers"][0]["arrays"]}
+    assert call("inspect", "m.safetensors", "t.csv") == 0
+    assert [s["name"] for s in page_about(tmp_path / "gates.html")["series"]] == ["a", "b"]
+    capsys.readouterr()
+    for arguments, message in (
+        (("x.npy", "--row", 4), "--row 4: x.npy holds 4 sequences"),
+        (("x.npy", "--gradients"), "has no array y"),
+        (("x.npy", "--start", 9), "--start 9: x.npy has 9 steps"),
+        (("xy.npz", "--length", 3), "cut the arrays yourself"),
+        (("x.npy", "--out", "a.bmp"), "--out must end in .html, .png"),
+        (("nowhere.npy",), "no file 'nowhere.npy'"),
+    ):
+        assert message in refused(capsys, "inspect", "m.safetensors", *arguments)

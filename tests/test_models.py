@@ -302,3 +302,17 @@ def test_summary():
 def test_summary_prints(capsys):
     nl.Sequential([nl.LSTM(50, input_shape=(10, 1))]).summary()
     assert "10,400 (40.62 KB)" in capsys.readouterr().out
+
+
+def test_a_notebook_and_rich_show_the_same_table_escaped():
+    model = nl.Sequential(
+        [nl.LSTM(5, name="l[red]", input_shape=(None, 3)), nl.Dense(2, name="d")], name="<i>m"
+    )
+    page = model._repr_html_()
+    assert "<i>m" not in page and "&lt;i&gt;m" in page
+    for text in ("l[red] (LSTM)", "(any, 5)", "180", "d (Dense)", "12"):
+        assert f">{text}<" in page
+    assert "Total: 192 (768 B)" in page
+    lines = []
+    model.summary(print_fn=lines.append)
+    assert any("l[red] (LSTM)" in line for line in lines)  # a name is no markup

@@ -70,6 +70,7 @@ def test_the_wheel_is_pure_and_complete(wheel):
         "data/files/tinyshakespeare.txt",
         "data/files/sunspots_yearly.csv",
         "data/files/SOURCES.md",
+        *(f"inspect/viewer/{name}" for name in ("page.html", "page.css", "page.js", "diagrams.html")),
     ):
         assert f"numlstm/{name}" in held
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in held)

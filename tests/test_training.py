@@ -676,3 +676,26 @@ def test_strict_refuses_float64_on_the_cpu():
     model.compile("adam", "mse", precision="float64", backend="cpu", strict=True)
     with pytest.raises(Exception, match="float64"):
         model.fit(X, Y, verbose=0)
+
+
+def test_loss_and_gradients_are_those_of_a_step_and_leave_the_model_alone():
+    nl.set_seed(0)
+    model = nl.Sequential([nl.LSTM(3, input_shape=(4, 2)), nl.Dense(1, kernel_regularizer="l2", name="d")])
+    model.compile(nl.optimizers.SGD(0.5), "mse")
+    model.layers[0].trainable = False
+    draw = np.random.default_rng(0)
+    x, y = draw.standard_normal((5, 4, 2)).astype(np.float32), draw.standard_normal((5, 1)).astype(np.float32)
+    before = model.get_weights()
+    loss, gradients, outputs = model.loss_and_gradients(x, y)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(outputs, model.predict_on_batch(x))
+    penalty = 0.01 * float((before[3] ** 2).sum())
+    assert loss == pytest.approx(float(((outputs - y) ** 2).mean()) + penalty, rel=1e-5)
+    assert all(np.abs(g).max() > 0 for g in gradients)  # the frozen layer's too
+    assert model.train_on_batch(x, y) == pytest.approx(loss, rel=1e-6)
+    after = model.get_weights()
+    for k, (a, b, g) in enumerate(zip(before, after, gradients, strict=True)):
+        np.testing.assert_allclose(b, a if k < 3 else a - 0.5 * g, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="loss_and_gradients: the model has not been compiled"):
+        nl.Sequential([nl.Dense(1)]).loss_and_gradients(x, y)

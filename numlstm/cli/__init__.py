@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from numlstm.cli import forecast, text, tools, warmup
+from numlstm.cli import forecast, inspect, text, tools, warmup
 
 __all__ = ["app", "main"]
 
@@ -35,6 +35,7 @@ app.add_typer(train, name="train")
 app.command("evaluate")(tools.evaluate)
 app.command("predict")(tools.predict)
 app.command("generate")(text.generate)
+app.command("inspect")(inspect.inspect)
 app.command("info")(tools.info)
 app.command("warmup")(warmup.warmup)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.bench)

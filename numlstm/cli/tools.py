@@ -100,7 +100,7 @@ def _write_table(header: list[str], rows: list[list[Any]], out: Path | None) -> 
         write_text(out, lines.getvalue())
 
 
-def _arrays(file: str) -> dict[str, np.ndarray]:
+def read_arrays(file: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, or a .npy file's as `x`; never unpickles."""
     path = Path(file)
     if path.suffix not in (".npz", ".npy"):
@@ -118,7 +118,7 @@ def _arrays(file: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _options(arrays: dict[str, np.ndarray], names: tuple[str, ...], file: str) -> dict[str, np.ndarray]:
+def array_options(arrays: dict[str, np.ndarray], names: tuple[str, ...], file: str) -> dict[str, np.ndarray]:
     strangers = sorted(set(arrays) - {"x", *names})
     if strangers:
         raise ValueError(
@@ -128,8 +128,8 @@ def _options(arrays: dict[str, np.ndarray], names: tuple[str, ...], file: str) -
 
 
 def _evaluate_arrays(model: Model, file: str) -> dict[str, Any]:
-    arrays = _arrays(file)
-    options = _options(arrays, ("y", "sample_weight", "mask", "lengths"), file)
+    arrays = read_arrays(file)
+    options = array_options(arrays, ("y", "sample_weight", "mask", "lengths"), file)
     if "y" not in options:
         raise ValueError(f"{file} has no array y to compare with")
     if getattr(model, "optimizer", None) is None:
@@ -143,9 +143,11 @@ def _evaluate_arrays(model: Model, file: str) -> dict[str, Any]:
 def _predict_arrays(model: Model, file: str, out: Path | None, as_json: bool) -> dict[str, Any]:
     from numlstm.io.atomic import atomic_write
 
-    arrays = _arrays(file)
+    arrays = read_arrays(file)
     arrays.pop("y", None)  # the file that was evaluated may be predicted too
-    output = np.asarray(model.predict(arrays["x"], **_options(arrays, ("mask", "lengths"), file), verbose=0))
+    output = np.asarray(
+        model.predict(arrays["x"], **array_options(arrays, ("mask", "lengths"), file), verbose=0)
+    )
     if out is not None:
         if out.suffix != ".npy":
             raise ValueError(f"--out must end in .npy for a model of arrays, got {out}")

@@ -17,12 +17,16 @@ from numlstm.io.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["available", "forecast_figure", "learning_curve", "save"]
+__all__ = ["KINDS", "available", "forecast_figure", "learning_curve", "panels", "save", "whole_numbers"]
 
 # Okabe and Ito's palette: told apart by people with every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+
+KINDS = (".png", ".svg", ".pdf")
+"""What `save` writes."""
 
 
 def available() -> bool:
@@ -45,7 +49,7 @@ def learning_curve(
     """
     if not history.get("loss"):
         raise ValueError(f"history must hold 'loss', got {sorted(history)}")
-    figure, axes = _figure(1, 7.0, 4.2)
+    figure, axes = panels(1, 7.0, 4.2)
     axes = axes[0]
     epochs = np.arange(1, len(history["loss"]) + 1)
     marker = "o" if len(epochs) <= 30 else ""
@@ -69,7 +73,7 @@ def learning_curve(
     )
     axes.margins(y=0.12)
     axes.set(title=title, xlabel="epoch", ylabel=unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.legend(frameon=False)
     return figure
 
@@ -84,11 +88,14 @@ def forecast_figure(
     trivial_name: str,
     time_name: str,
     shown: int = 400,
+    interval: tuple[np.ndarray, np.ndarray] | None = None,
+    interval_name: str = "interval",
 ) -> Figure:
     """What came true against what was forecast, and, beyond one step, the error by how far ahead.
 
     All of `truth`, `forecast` and `trivial` are (M, horizon); `times` (M,) is when the last step of each row
-    came true. Only the last `shown` rows are drawn; the errors are over all of them.
+    came true. Only the last `shown` rows are drawn; the errors are over all of them. `interval`, the lower and the
+    upper bounds of the forecast, both (M, horizon), is a band behind it, called `interval_name`.
 
     Raises:
         ValueError: arrays that do not fit together.
@@ -99,11 +106,18 @@ def forecast_figure(
             f"truth, forecast and trivial must have one shape (M, horizon) and times M entries; "
             f"got {truth.shape}, {forecast.shape}, {trivial.shape}, {len(times)}"
         )
+    if interval is not None and any(np.shape(bound) != truth.shape for bound in interval):
+        raise ValueError(
+            f"interval must hold two bounds of shape {truth.shape}, got {[np.shape(bound) for bound in interval]}"
+        )
     horizon = truth.shape[1]
-    figure, axes = _figure(1 if horizon == 1 else 2, 9.0, 4.2 if horizon == 1 else 7.0)
+    figure, axes = panels(1 if horizon == 1 else 2, 9.0, 4.2 if horizon == 1 else 7.0)
     top = axes[0]
     drawn, gaps = times[-shown:], _gaps(times[-shown:])
     x = np.insert(drawn, gaps, drawn[gaps - 1])
+    if interval is not None:
+        low, high = (np.insert(np.asarray(b)[-shown:, -1], gaps, np.nan) for b in interval)
+        top.fill_between(x, low, high, color=BLUE, alpha=0.22, linewidth=0, label=interval_name)
     steps = "one step" if horizon == 1 else f"{horizon} steps"
     top.plot(
         x,
@@ -119,7 +133,7 @@ def forecast_figure(
     )
     of = "" if len(truth) <= shown else f" (last {shown:,} of {len(truth):,} test forecasts)"
     top.set(title=f"{target}, forecast {steps} ahead{of}", xlabel=time_name, ylabel=target)
-    top.legend(frameon=False, ncols=3, loc="upper left")
+    top.legend(frameon=False, ncols=3 if interval is None else 4, loc="upper left")
     top.margins(x=0.01)
     low, high = top.get_ylim()
     top.set_ylim(low, high + 0.12 * (high - low))  # room for the legend
@@ -141,7 +155,7 @@ def _error_by_step(
         title="Error by how far ahead, whole test part", xlabel="steps ahead", ylabel=f"RMSE of {target}"
     )
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.legend(frameon=False)
 
 
@@ -159,7 +173,8 @@ def _short_dates(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
-def _figure(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def panels(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches with `rows` panels below each other, in this library's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -170,6 +185,13 @@ def _figure(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     return figure, axes
 
 
+def whole_numbers(axis: Axis) -> None:
+    """Ticks of an axis at whole numbers only: epochs, steps, units."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure to a .png, .svg or .pdf file, whole or not at all.
 
@@ -177,7 +199,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         ValueError: another kind of file.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix not in KINDS:
         raise ValueError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=150)

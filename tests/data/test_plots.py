@@ -27,6 +27,22 @@ def test_a_gap_in_time_breaks_the_lines(kind):
     np.testing.assert_allclose(errors["LSTM"], [1, 1])
 
 
+def test_an_interval_is_a_band_that_gaps_break():
+    rows = np.array([0.0, 1, 2, 6, 7])
+    truth = np.arange(10.0).reshape(5, 2)
+    options = {"target": "v", "trivial_name": "last", "time_name": "t"}
+    figure = plots.forecast_figure(
+        truth, truth, truth, rows, interval=(truth - 2, truth + 3), interval_name="80 %", **options
+    )
+    (band,) = figure.axes[0].collections
+    assert band.get_label() == "80 %"
+    assert len(band.get_paths()) == 2  # before the gap, and after it
+    top = max(path.vertices[:, 1].max() for path in band.get_paths())
+    assert top == truth[-1, -1] + 3
+    with pytest.raises(ValueError, match="interval must hold two bounds of shape"):
+        plots.forecast_figure(truth, truth, truth, rows, interval=(truth[:, 0], truth), **options)
+
+
 def test_the_curve_marks_the_best_epoch():
     figure = plots.learning_curve(
         {"loss": [3.0, 2.0, 1.0], "val_loss": [3.0, 1.5, 2.0]},

@@ -199,7 +199,7 @@ def test_errors_name_what_is_wrong():
         gradient_norms(dense, X[:, 0], Y[:, 0, :1])
     with pytest.raises(ValueError, match="model: expected a compiled model, got LSTM"):
         gradient_norms(nl.LSTM(2), X, Y)
-    with pytest.raises(ValueError, match="gradient_norms: the model has not been compiled"):
+    with pytest.raises(ValueError, match="the model has not been compiled"):
         gradient_norms(nl.Sequential([nl.LSTM(2)]), X, Y)
     with pytest.raises(ValueError, match="y: no targets"):
         gradient_norms(compiled(nl.LSTM(2)), X)

@@ -174,7 +174,15 @@ def test_nothing_is_simplified_that_changes_a_value(f: Callable) -> None:
         assert_allclose(forward_and_slope(unary(f), x)[0], f(x))
 
 
-@pytest.mark.parametrize("name", sorted(LANGUAGE.keys() - derive.ACROSS))
+def test_a_name_changes_nothing() -> None:
+    assert LANGUAGE["named"]("f", 0.5) == 0.5
+    tanh, named = LANGUAGE["tanh"], LANGUAGE["named"]
+    functions = (lambda a: tanh(a) * 2, lambda a: named("t", tanh(a)) * 2)
+    plain, told = (Cell(f, "a", name="c") for f in functions)
+    assert plain == told and told.graph.names["t"].op == "tanh" and not plain.graph.names
+
+
+@pytest.mark.parametrize("name", sorted(LANGUAGE.keys() - derive.ACROSS - {"named"}))
 def test_the_language_on_numbers(name: str) -> None:
     """A helper that a cell calls with plain numbers gets plain numbers, at the ends of the range too."""
     pairs = {
