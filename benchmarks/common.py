@@ -322,6 +322,41 @@ def _fma_kernel(shape: Shape, bfloat16: bool = False) -> tuple[Callable[[int], f
     return spin, 2 * lanes * chains * (1 + bfloat16)
 
 
+def tiles(precision: str, batch: int) -> bool:
+    """Whether our products in "bfloat16" or "int8" of so many rows run in AMX's tiles."""
+    from numlstm.kernels.cpu import amx, isa
+
+    return batch >= amx.LEAST_ROWS and isa.tiles({"bfloat16": "bf16"}.get(precision, precision)) == "amx"
+
+
+def _tile_kernel(form: str = "amx") -> tuple[Callable[[int], float], int]:
+    """A compiled loop of nothing but AMX's products of bfloat16 tiles, four sums in turn, and its flops per turn."""
+    from numba import njit, types
+    from numba.core import cgutils
+
+    from numlstm.kernels.cpu import amx
+    from numlstm.kernels.cpu.simd import operation
+
+    @operation("0(i)")
+    def multiply(b: Any, turns: Any) -> None:
+        on = amx.FORMS[form](b)
+        with cgutils.for_range(b, turns):
+            for total in range(4):
+                on.multiply("bf16", total, 4 + total % 2, 6 + total // 2)
+
+    state = amx.state_of(form)
+    begin, end = amx.begin_tiles, amx.end_tiles
+
+    @njit(types.float64(types.int64), nogil=True)
+    def spin(turns: int) -> float:
+        begin(state)
+        multiply(turns)
+        end(state)
+        return 0.0
+
+    return spin, 4 * 2 * 16 * 16 * 32
+
+
 def _read_kernel() -> Callable[[np.ndarray, int], float]:
     from numba import njit
 
@@ -364,16 +399,18 @@ READ_SIZES = (2**22, 2**24, 2**26)  # bytes; before them 256 KiB a thread, insid
 def peaks(threads: Iterable[int] = (1, 2)) -> dict[str, dict[str, Any]]:
     """Measured ceilings by thread count.
 
-    `fma_gflops` of the widest vectors, `avx2_gflops` where there is AVX2, `bfloat16_gflops` where AVX-512-BF16 is the
-    fastest there is (no tiles), `read_gbytes` by how many bytes are read again and again, all threads together;
-    `cache_gbytes` and `memory_gbytes` are the first and the last of those.
+    `fma_gflops` of the widest vectors, `avx2_gflops` where there is AVX2, `bfloat16_gflops` of AVX-512-BF16,
+    `tile_gflops` of AMX in bfloat16 where we use it, `read_gbytes` by how many bytes are read again and again, all
+    threads together; `cache_gbytes` and `memory_gbytes` are the first and the last of those.
     """
     present = host_features()
     loops = {"fma_gflops": _fma_kernel(_widest())}
     if "avx2" in present:
         loops["avx2_gflops"] = _fma_kernel(AVX2)
-    if "avx512bf16" in present and "amx-bf16" not in present:
+    if "avx512bf16" in present:
         loops["bfloat16_gflops"] = _fma_kernel(_widest(), bfloat16=True)
+    if tiles("bfloat16", 16):
+        loops["tile_gflops"] = _tile_kernel()
     read = _read_kernel()
     for spin, _ in loops.values():
         spin(1)

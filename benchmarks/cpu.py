@@ -276,13 +276,16 @@ def with_share(row: dict[str, Any], ceilings: dict[str, dict[str, Any]]) -> dict
     """The row with our share of the ceiling that binds, the best peer's, and which ceiling it is.
 
     The time that the products take at the peak, or that reading the recurrent weights takes at the bandwidth measured
-    for that many bytes, whichever is longer, over the time taken. Where no peak of a precision was measured (int8,
-    tiles) only bandwidth is known, and batches of more than 4 rows, which it does not bind, have no share.
+    for that many bytes, whichever is longer, over the time taken. Where no peak of a precision was measured (int8)
+    only bandwidth is known, and batches of more than 4 rows, which it does not bind, have no share.
     """
     if "flops" not in row:
         return row
     ceiling = ceilings[str(row["threads"])]
-    peak = {"float32": "avx2_gflops" if row["isa"] == "avx2" else "fma_gflops", "bfloat16": "bfloat16_gflops"}
+    peak = {
+        "float32": "avx2_gflops" if row["isa"] == "avx2" else "fma_gflops",
+        "bfloat16": "tile_gflops" if row["isa"] == "amx" else "bfloat16_gflops",
+    }
     rate = ceiling.get(peak.get(row["precision"], ""))
     needed = {"bandwidth": row["traffic"] / common.read_rate(ceiling, row["weight_bytes"])}
     if rate:
@@ -378,7 +381,8 @@ def reduced(section: str, precision: str, modes: tuple[str, ...], shapes: list[S
                                 "ours float32": (sides["ours"], plain),
                                 "torch": (sides["torch"], case),
                             }
-                            rows.append(Row(section, case, n, "widest", here))
+                            kind = "amx" if common.tiles(precision, case.B) else "widest"
+                            rows.append(Row(section, case, n, kind, here))
                 run.measure_all(rows, seconds / len(run.threads))
 
     return measured
@@ -523,7 +527,7 @@ def checks(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, Any]]) -> l
     for peer, goal in (("torch", 0.12), ("tfjs", 0.004)):
         check(f"LSTM(50) + Dense(1), training step, over {peer}'s", ratios(first, peer), goal)
     large = [r for r in of("bf16", mode="training") if r["hidden"] >= 256]
-    tiles = "amx-bf16" in common.host_features()
+    tiles = common.tiles("bfloat16", 16)
     name = "bfloat16 training over our float32, H >= 256"
     check(
         name + ("" if tiles else " (goal 0.40 where there is AMX)"),

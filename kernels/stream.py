@@ -1,8 +1,8 @@
 """What a backend's stepping kernels are made of: a stack of layers as arrays, run one time step at a time.
 
 A `Stack` (cpu/stream.py) takes such descriptions in order and runs them all in one native call a step. Values between
-layers are rows (B, F). Weights are float32, shapes as in sequence.py; they are packed when the stack is made, so that a
-stack must be made anew when they change.
+layers are rows (B, F). Weights are float32 or `Quantized`, shapes as in sequence.py; they are packed when the stack is
+made, so that a stack must be made anew when they change.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import numpy as np
 
 from . import cells
 from .derive import Cell
+from .int8 import Quantized
 
 __all__ = ["Activation", "Lookup", "Masking", "Normalization", "Recurrence", "Softmax", "Step", "dense"]
 
 
 class Recurrence(NamedTuple):
-    """A cell, (B, I) to (B, P); see sequence.py for its arrays. `aux` are (1, 1, 1) each, the same at all steps."""
+    """A cell, (B, I) to (B, P); see sequence.py for its arrays. `aux` are (1, 1, 1) each, the same at all steps.
+
+    Its matrices are float32, for products in `precision`, or all `Quantized`.
+    """
 
     cell: Cell
-    kernel: np.ndarray
-    recurrent_kernel: np.ndarray
+    kernel: np.ndarray | Quantized
+    recurrent_kernel: np.ndarray | Quantized
     bias: np.ndarray | None = None
     params: tuple[np.ndarray, ...] = ()
-    projection: np.ndarray | None = None
+    projection: np.ndarray | Quantized | None = None
     aux: tuple[np.ndarray, ...] = ()
     remembers: bool = True  # False: it has no state to keep, and a masked row is computed like all others
+    precision: str = "float32"
 
 
 class Lookup(NamedTuple):
@@ -69,11 +74,19 @@ class Masking(NamedTuple):
 Step = Recurrence | Lookup | Activation | Softmax | Normalization | Masking
 
 
-def dense(kernel: np.ndarray, bias: np.ndarray | None, activation: str = "linear") -> Recurrence:
+def dense(
+    kernel: np.ndarray | Quantized,
+    bias: np.ndarray | None,
+    activation: str = "linear",
+    precision: str = "float32",
+) -> Recurrence:
     """activation(x kernel + bias), (B, I) to (B, F): a cell that nothing comes back to.
 
     >>> dense(np.ones((3, 2), np.float32), None, "tanh").cell.recurrent
     ()
     """
     none: Any = np.zeros((kernel.shape[1], 0), np.float32)
-    return Recurrence(cells.feedforward(activation), kernel, none, bias, remembers=False)
+    if isinstance(kernel, Quantized):
+        none = Quantized.of(none)
+    cell = cells.feedforward(activation)
+    return Recurrence(cell, kernel, none, bias, remembers=False, precision=precision)

@@ -82,6 +82,9 @@ def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
         found = {"kernel": kernel.module, "device": kernel.device, "why": kernel.why}
         if operation in IN_PRECISION and serving.precision != "float32":
             found["why"] += f"; products in {serving.precision}, sums in {layer.dtype}"
+        products = "int8" if quantized else serving.precision if operation in IN_PRECISION else "float32"
+        if products != "float32" and (how := serving.products(products)):
+            found["why"] += f"; {how}"
         if operation == "sequence" and (steps := getattr(layer, "remat_steps", None)) is not None:
             found["why"] += (
                 f"; in training the states of every {steps} steps are kept, the rest computed again"

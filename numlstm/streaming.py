@@ -4,9 +4,9 @@ A stream keeps the recurrent states itself, apart from the model's, so that seve
 After t steps its output is what `model.predict` would give for those t steps (with `return_sequences` in the
 last layer: the last of them).
 
-Where the backend has stepping kernels (the CPU's, in float32), neighbouring layers become one native call with
-their weights packed beforehand; a model of known layers is one call as a whole. What has no native form is called
-as in `predict`, and `Stream.explain` says which layers those are.
+Where the backend has stepping kernels (the CPU's), neighbouring layers become one native call with their weights
+packed beforehand, float32, bfloat16 or int8 as in `predict`; a model of known layers is one call as a whole. What has
+no native form is called as in `predict`, and `Stream.explain` says which layers those are.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numlstm import activations
-from numlstm.autograd import Tensor, Variable, latest_change
+from numlstm.autograd import QuantizedVariable, Tensor, Variable, latest_change
 from numlstm.backend import IN_PRECISION, chosen_backend, get_backend
 from numlstm.kernels import cells
 from numlstm.kernels import stream as native
@@ -147,7 +147,8 @@ class Stream:
         Arguments:
             print_fn: takes each line, in place of `print`.
 
-        Returns what it printed, one dict a layer: layer, type, runs ("native call 1", ..., or "by itself"), why.
+        Returns what it printed, one dict a layer: layer, type, runs ("native call 1", ..., or "by itself"), why it is
+        not native, and products: "bfloat16" or "int8" where the layer's are, else "float32".
 
         >>> from numlstm.layers import GRU, Dense
         >>> stream = Sequential([GRU(4, name="memory", input_shape=(None, 2)), Dense(1, name="head")]).stream()
@@ -161,10 +162,12 @@ class Stream:
             calls += part.stack is not None
             for layer in (self._layers[k] for k in part.layers):
                 runs = "by itself" if part.stack is None else f"native call {calls}"
+                kind, products = type(layer).__name__, self._products(layer)
                 rows.append(
-                    {"layer": layer.name, "type": type(layer).__name__, "runs": runs, "why": part.why}
+                    {"layer": layer.name, "type": kind, "runs": runs, "why": part.why, "products": products}
                 )
-                say(f"{layer.name} ({type(layer).__name__}): {runs}{part.why and f' ({part.why})'}")
+                reduced = "" if products == "float32" else f", products in {products}"
+                say(f"{layer.name} ({kind}): {runs}{reduced}{part.why and f' ({part.why})'}")
         return rows
 
     def reset(self, rows: Any = None) -> None:
@@ -250,17 +253,20 @@ class Stream:
         shape = layer.build_shape
         if layer.dtype != "float32":
             return f"its dtype is {layer.dtype}, the kernels' is float32"
-        if is_quantized(layer):
-            return "its weights are int8"
-        if self._backend.precision != "float32" and any(op in IN_PRECISION for op, _ in layer.operations()):
-            return f"its products are in {self._backend.precision}"
         if isinstance(layer, Embedding):
             rank -= 1
         if not isinstance(shape, tuple) or len(shape) != rank or (rank == 3 and shape[-1] is None):
             return f"its input's shape is {shape}, and not rows of a known length"
         if k >= self._cut and (isinstance(self._form(k - 1), str) or isinstance(layer, (Recurrent, Masking))):
             return "it comes after the last stepped layer, and not directly"
-        return _native_form(layer)
+        return _native_form(layer, self._backend.precision)
+
+    def _products(self, layer: Layer) -> str:
+        """What the operands of a layer's products are."""
+        if is_quantized(layer):
+            return "int8"
+        ours = any(operation in IN_PRECISION for operation, _ in layer.operations())
+        return self._backend.precision if ours else "float32"
 
     # Stepping
 
@@ -342,18 +348,20 @@ def _written(out: np.ndarray, y: np.ndarray) -> np.ndarray:
     return out
 
 
-def _native_form(layer: Layer) -> list[native.Step] | str:
+def _native_form(layer: Layer, precision: str) -> list[native.Step] | str:
     """A layer whose input is rows as the steps of a native call, or why it is none."""
     if isinstance(layer, Recurrent):
-        return _recurrence(layer)
-    kind, values = type(layer), lambda w: None if w is None else w.data
+        return _recurrence(layer, precision)
+    kind, values = type(layer), _held
     if kind is Dropout:
         return []
     if kind is Embedding:
         return [native.Lookup(layer.embeddings.data, layer.mask_zero)]
     if kind is TimeDistributed:
         inner = layer.layer
-        return "it applies a layer with layers inside" if inner.has_children() else _native_form(inner)
+        if inner.has_children():
+            return "it applies a layer with layers inside"
+        return _native_form(inner, precision)
     if kind is LayerNormalization:
         if not layer.per_step:
             return "it normalises more than the last axis"
@@ -365,8 +373,8 @@ def _native_form(layer: Layer) -> list[native.Step] | str:
         if isinstance(applied, str) or kind is Activation:
             return applied
         if applied and isinstance(applied[0], native.Activation):  # in the dense layer's own equations
-            return [native.dense(layer.kernel.data, values(layer.bias), applied[0].name)]
-        return [native.dense(layer.kernel.data, values(layer.bias)), *applied]
+            return [native.dense(values(layer.kernel), values(layer.bias), applied[0].name, precision)]
+        return [native.dense(values(layer.kernel), values(layer.bias), precision=precision), *applied]
     return f"a {kind.__name__} has no native form"
 
 
@@ -386,17 +394,23 @@ def _activation(function: Any) -> list[native.Step] | str:
     return [native.Activation(name)]
 
 
-def _recurrence(layer: Recurrent) -> list[native.Step] | str:
+def _held(weight: Any) -> Any:
+    """What kernels are given of a weight."""
+    if weight is None:
+        return None
+    return weight.matrix if isinstance(weight, QuantizedVariable) else weight.data
+
+
+def _recurrence(layer: Recurrent, precision: str) -> list[native.Step] | str:
     """A recurrent layer at inference."""
     if layer.zero_output_for_mask:
         return "zero_output_for_mask has no native form"
     x = Tensor(np.zeros((1, 1, layer.kernel.shape[0]), layer.dtype))
     asked = layer.arguments(x, None, None)
-    values = lambda t: None if t is None else t.data
     return [
         native.Recurrence(
-            asked["cell"], layer.kernel.data, values(asked["recurrent_kernel"]), values(asked["bias"]),
-            tuple(p.data for p in asked["params"]), values(asked["projection"]), asked["aux"],
+            asked["cell"], _held(layer.kernel), _held(asked["recurrent_kernel"]), _held(asked["bias"]),
+            tuple(p.data for p in asked["params"]), _held(asked["projection"]), asked["aux"], precision=precision,
         )
     ]  # fmt: skip
 

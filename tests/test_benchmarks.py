@@ -95,6 +95,17 @@ def test_a_beaten_rival_is_spared_further_rounds(root):
     assert ratios(samples["ours"], samples["slow"]) == [6.0]
 
 
+def test_the_loop_of_tiles_counts_its_work(root):
+    from benchmarks import common
+    from numlstm.kernels.cpu import isa
+
+    if isa.LANES != 16:
+        pytest.skip("the code around the tiles is AVX-512's")
+    spin, flops = common._tile_kernel("emulated")
+    assert spin(2) == 0 and flops == 4 * 2 * 16 * 16 * 32
+    assert not common.tiles("float32", 100) and not common.tiles("bfloat16", 1)
+
+
 def test_the_ceilings_are_plausible(root, monkeypatch):
     from benchmarks import common
     from benchmarks.common import higher, machine, peaks, read_rate
@@ -103,7 +114,9 @@ def test_the_ceilings_are_plausible(root, monkeypatch):
 
     found = peaks((1,))["1"]
     assert found["fma_gflops"] > 5 and found["memory_gbytes"] > 0.5
-    if "bfloat16_gflops" in found:
+    if "tile_gflops" in found:
+        assert found["tile_gflops"] > found["fma_gflops"]
+    elif "bfloat16_gflops" in found:
         # one instruction does twice the work of an FMA; a busy machine blurs it
         assert found["bfloat16_gflops"] > 0.8 * found["fma_gflops"]
     about = machine()
@@ -352,6 +365,9 @@ def test_a_share_is_of_the_ceiling_that_binds(root):
         "torch": pytest.approx(0.25),
     }
     narrow = cpu.with_share(row | {"isa": "avx2"}, CEILINGS)
+    in_tiles = {k: v | {"tile_gflops": 10 * v["fma_gflops"]} for k, v in CEILINGS.items()}
+    quick = cpu.with_share(row | {"isa": "amx", "precision": "bfloat16"}, in_tiles)["share"]
+    assert quick["ours"] == pytest.approx(cpu.with_share(row, CEILINGS)["share"]["ours"] / 10)
     assert (narrow["bound"], narrow["share"]["ours"]) == ("fma", pytest.approx(1.0))
     large = cpu.with_share(row | {"weight_bytes": 5e6, "traffic": 3e8}, CEILINGS)  # 15 ms at 20 GB/s
     assert (large["bound"], large["share"]["ours"]) == ("bandwidth", pytest.approx(0.75))

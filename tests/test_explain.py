@@ -37,6 +37,27 @@ def test_it_follows_the_backend_and_the_dtype(model):
     assert row["kernel"] == "numlstm.kernels.reference" and "no float64 kernel" in row["why"]
 
 
+def test_it_says_where_reduced_products_run_in_tiles(model, monkeypatch):
+    from numlstm.kernels.cpu import isa
+
+    why = lambda model: [row["why"] for row in nl.explain(model, print_fn=lambda line: None)]
+    with nl.use_backend("cpu", precision="bfloat16"):
+        assert isa.tiles("bf16") is not None or not any("AMX tiles" in text for text in why(model))
+        monkeypatch.setattr(isa, "_amx", lambda part: ("emulated", ""))
+        assert ["AMX tiles (emulated) from 4 rows on" in text for text in why(model)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
+        monkeypatch.setattr(isa, "_amx", lambda part: (None, "AMX not permitted by the system"))
+        assert why(model)[1].endswith("; AMX not permitted by the system")
+        assert "AMX not permitted by the system" in isa.describe()
+    assert not any("AMX" in text for text in why(model))
+    model(nl.Tensor([[1, 2]]))
+    assert "AMX not permitted" in why(model.quantize("int8"))[1]
+
+
 def test_it_follows_what_compile_chose(model):
     model.compile("adam", "mse", backend="reference")
     assert nl.explain(model, print_fn=lambda line: None)[1]["device"] == "reference"

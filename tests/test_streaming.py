@@ -349,16 +349,60 @@ def test_what_can_not_be_streamed(make, message):
         make()
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_reduced_precision_streams_layer_by_layer_as_predict_does(kind: str) -> None:
-    model = nl.Sequential([nl.LSTM(5, input_shape=(None, 3), return_sequences=True), nl.GRU(4), nl.Dense(2)])
-    x = np.random.default_rng(0).standard_normal((2, 6, 3)).astype(np.float32)
+def reduced(model, kind):
+    """The model with int8 weights, or to be run in bfloat16."""
     if kind == "int8":
-        model = model.quantize("int8")
-    else:
-        model.compile(optimizer="sgd", loss="mse", precision="bfloat16")
-    stream = model.stream(batch_size=2)
-    steps = [stream.step(x[:, t]) for t in range(6)]
-    assert np.allclose(steps[-1], model.predict(x, verbose=0), atol=1e-6)
-    reason = "its weights are int8" if kind == "int8" else "its products are in bfloat16"
-    assert {row["why"] for row in stream.explain(print_fn=lambda _: None)} == {reason}
+        return model.quantize("int8")
+    model.compile(optimizer="sgd", loss="mse", precision="bfloat16")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "make"), [(name, lambda name=name: dict(models())[name]) for name in NATIVE]
+)
+def test_reduced_precision_streams_natively_as_predict_does(name, make, kind):
+    model, x = reduced(make(), kind), X.copy()
+    if name == "masking":
+        x[0, 2:4] = x[1, 0] = x[2, -1] = 0
+    stream = model.stream(batch_size=B)
+    steps = [stream.step(x[:, t]) for t in range(T)]
+    assert np.allclose(
+        steps[-1], model.predict(x, verbose=0).reshape(B, -1, steps[-1].shape[-1])[:, -1], atol=1e-6
+    )
+    lines = []
+    rows = stream.explain(lines.append)
+    assert {row["runs"] for row in rows} == {"native call 1"} and not any(row["why"] for row in rows)
+    with_products = [row for row in rows if row["type"] in ("LSTM", "GRU", "SimpleRNN", "Dense")]
+    assert with_products and {row["products"] for row in with_products} == {kind}
+    assert (
+        sum(f"products in {kind}" in line for line in lines) == sum(r["products"] == kind for r in rows) < 9
+    )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_states_of_reduced_precision_may_be_written(kind):
+    """Whoever writes them, the next step reads them."""
+    model = reduced(
+        nl.Sequential([nl.LSTM(37, return_sequences=True, input_shape=(None, I)), nl.GRU(5)]), kind
+    )
+    stream, other = model.stream(B), model.stream(B)
+    first = [stream.step(X[:, t]) for t in range(3)]
+    states = stream.states
+    after = stream.step(X[:, 3])
+    other.set_states(states)
+    assert np.array_equal(other.step(X[:, 3]), after)
+    stream.reset()
+    assert np.array_equal(np.stack([stream.step(X[:, t]) for t in range(3)]), np.stack(first))
+    model.layers[1].bias.assign(np.ones((2, 15)))  # packed anew, the states kept
+    assert not np.allclose(stream.step(X[:, 3]), after)
+
+
+def test_a_stream_follows_the_precision_asked_for():
+    model = nl.Sequential([nl.LSTM(50, input_shape=(None, I))])
+    stream = model.stream(B)
+    whole = stream.step(X[:, 0])
+    stream.reset()
+    with use_backend("cpu", precision="bfloat16"):
+        rounded = stream.step(X[:, 0])
+    assert 1e-5 < np.abs(rounded - whole).max() < 1e-2

@@ -1,11 +1,12 @@
 """Operands in bfloat16: rounding and packing for products of pairs (simd.py: dot_pairs), and how many words they take.
 
 A product over k reads 32-bit words of two bfloat16 values, k and k + 1, the low half first; where there are an odd number,
-the last word's upper half is zero. So every operand is laid out as its float32 counterpart is (layout.py), with half as
-many k, and the same tiles' loops walk over both:
+the last word's upper half is zero, and in amx.py's tiles a row ends with words of zeros. So every operand is laid out as its
+float32 counterpart is (layout.py), with half as many k, and the same tiles' loops walk over both:
     rows      x and h: [T B][I / 2] words, rounded once
     weights   [block][I / 2][GX W] words, and transposed in panels of columns [panel][gates H / 2][vectors LANES]
-    pairs of rows    for sums over rows (the weights' gradients): [rows / 2][columns] words, the rows 2 r and 2 r + 1
+    pairs of rows    for sums over rows (the weights' gradients): [rows / 2][columns] words, the rows 2 r and 2 r + 1;
+                     for amx.py's tiles, which want A in rows, x's and h's transposed: [columns][rows / 2]
 Sums, states, gates and master weights stay float32.
 """
 
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 from numba import njit
 
+from .amx import ROWS, UNIT
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import Layout, P
+from .layout import Layout, P, words
 from .microkernel import TRANSPOSE, tile1, transpose
 from .plan import get, share
 from .simd import (
@@ -35,7 +37,9 @@ from .simd import (
 )
 
 __all__ = [
+    "clear_words",
     "closing_pairs",
+    "closing_tiles",
     "line_step",
     "pack_back_pairs",
     "pack_pairs",
@@ -44,6 +48,7 @@ __all__ = [
     "pairs_bytes",
     "round_rows",
     "transposing_bytes",
+    "turn_words",
 ]
 
 PAIRED_ROWS = 256  # of time and batch in a block of the weight gradients' products
@@ -63,6 +68,14 @@ def round_rows(source, source_step, count, out, out_step, first, last):
             store_bf16_n(z + k * 2, load_n(a + k * 4, left), left + (left & 1))
 
 
+@njit(**INNER_OPTIONS)
+def clear_words(out, out_step, used, words, first, last):
+    """Zeros from word `used` to `words` of rows first to last."""
+    if used < words:
+        for r in range(first, last):
+            zero_bytes(out + r * out_step + used * 4, (words - used) * 4)
+
+
 def line_step(words: int) -> int:
     """Bytes from row to row of so many words: an odd number of cache lines, since rows a power of two apart would all
     want the same few places in the cache."""
@@ -78,8 +91,9 @@ def transposing_bytes(H: int) -> int:
 
 
 @njit(**INNER_OPTIONS)
-def pack_transposed_pairs(source, row, rows, H, gates, columns, out, by_block, scratch, shard, shards):
-    """The weights transposed, in pairs: (rows, row) -> panels [panel][gates H / 2][vectors LANES] words, padded with 0."""
+def pack_transposed_pairs(source, row, rows, H, deep, gates, columns, out, by_block, scratch, shard, shards):
+    """The weights transposed, in pairs: (rows, row) -> panels [panel][gates deep][vectors LANES] words, padded with 0;
+    `deep`: words of a gate's H values."""
     vectors = (rows + LANES - 1) // LANES
     panels = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS
     words = (H + 1) // 2
@@ -88,7 +102,7 @@ def pack_transposed_pairs(source, row, rows, H, gates, columns, out, by_block, s
     for j in range(first, last):
         v0 = j * TILE_COLUMNS
         width = min(TILE_COLUMNS, vectors - v0) * LANES
-        panel = out + v0 * LANES * gates * words * 4
+        panel = out + v0 * LANES * gates * deep * 4
         for g in range(gates):
             for c in range(0, width, LANES):
                 here = min(LANES, rows - v0 * LANES - c)
@@ -96,7 +110,7 @@ def pack_transposed_pairs(source, row, rows, H, gates, columns, out, by_block, s
                 round_rows(a, row * 4, H, scratch, step, 0, here)
                 if here < LANES:
                     zero_bytes(scratch + here * step, (LANES - here) * step)
-                z = panel + (g * words * width + c) * 4
+                z = panel + (g * deep * width + c) * 4
                 if words >= LANES:
                     for k in range(0, words, LANES):
                         u = min(k, words - LANES)  # the last block may overlap the one before
@@ -105,6 +119,8 @@ def pack_transposed_pairs(source, row, rows, H, gates, columns, out, by_block, s
                     for k in range(LANES):
                         for u in range(words):
                             store_scalar(z + (u * width + k) * 4, load_scalar(scratch + k * step + u * 4))
+            if words < deep:
+                zero_bytes(panel + (g * deep + words) * width * 4, (deep - words) * width * 4)
 
 
 @njit(**INNER_OPTIONS)
@@ -114,10 +130,12 @@ def pair_columns(source, step, depth, count, out, out_step, first, last):
     for w in range(first, last):
         a, z = source + 2 * w * step, out + w * out_step
         for q in range(0, count, LANES):
-            high = K(0.0)
+            low, high = K(0.0), K(0.0)
+            if 2 * w < depth:
+                low = load_n(a + q * 4, count - q)
             if 2 * w + 1 < depth:
                 high = load_n(a + step + q * 4, count - q)
-            store(z + q * 4, join_pairs(load_n(a + q * 4, count - q), high))
+            store(z + q * 4, join_pairs(low, high))
 
 
 @njit(**INNER_OPTIONS)
@@ -150,26 +168,33 @@ def zip_rows(source, step, count, rows, zeros, out, out_step):
 
 
 def pack_pairs(p, shard, shards):
-    """parts.pack in pairs: (rows, row) -> [block][rows / 2][gates width] words; and x rounded."""
+    """parts.pack in pairs: (rows, row) -> [block][rows / 2][gates width] words; and x rounded, in every pass."""
+    I, x_row = get(p, P.I), words(p, P.I) * 4
+    first, last = share(get(p, P.X_ROWS), shard, shards)
+    round_rows(get(p, P.X_SOURCE), I * 4, I, get(p, P.X), x_row, first, last)
+    clear_words(get(p, P.X), x_row, (I + 1) // 2, words(p, P.I), first, last)
+    if get(p, P.PACKED) != 0:
+        return
     H, width, blocks = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS)
     u0, u1 = share(blocks, shard, shards)
     source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
-    of_gate, out = get(p, P.X_COLUMN), get(p, P.WP)
+    of_gate, out, deep = get(p, P.X_COLUMN), get(p, P.WP), words(p, P.I)
     for _ in range(2):
-        words = (rows + 1) // 2
-        for k in range(words):  # outermost: the source's rows are read as they lie
+        for k in range(deep):  # outermost: the source's rows are read as they lie
             for u in range(u0, u1):
                 for g in range(gates):
                     a = source + (2 * k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
-                    z = out + ((u * words + k) * gates + g) * width * 4
+                    z = out + ((u * deep + k) * gates + g) * width * 4
                     for q in range(0, width, LANES):
                         n = H - u * width - q
-                        high = K(0.0)
+                        low, high = K(0.0), K(0.0)
+                        if 2 * k < rows:
+                            low = load_n(a + q * 4, n)
                         if 2 * k + 1 < rows:
                             high = load_n(a + (row + q) * 4, n)
-                        store(z + q * 4, join_pairs(load_n(a + q * 4, n), high))
+                        store(z + q * 4, join_pairs(low, high))
         source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
-        of_gate, out = get(p, P.H_COLUMN), get(p, P.RP)
+        of_gate, out, deep = get(p, P.H_COLUMN), get(p, P.RP), words(p, P.K)
     if get(p, P.BIAS) != 0:
         for u in range(u0, u1):
             for g in range(get(p, P.X_GATES)):
@@ -177,19 +202,22 @@ def pack_pairs(p, shard, shards):
                 z = get(p, P.BP) + (u * get(p, P.PRE) + g) * width * 4
                 for q in range(0, width, LANES):
                     store(z + q * 4, load_n(a + q * 4, H - u * width - q))
-    I = get(p, P.I)
-    first, last = share(get(p, P.X_ROWS), shard, shards)
-    round_rows(get(p, P.X_SOURCE), I * 4, I, get(p, P.X), (I + 1) // 2 * 4, first, last)
 
 
 def pack_back_pairs(p, shard, shards):
     """parts.pack_back in pairs."""
-    H, by_block = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE)
+    H, deep, by_block = (
+        get(p, P.H),
+        words(p, P.H),
+        load_int(get(p, P.PLAIN) + TRANSPOSE * get(p, P.TILE_ROWS)),
+    )
     scratch = get(p, P.PAIRS) + shard * get(p, P.PAIRS_BYTES)
     source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
     of_gate, out = get(p, P.H_COLUMN), get(p, P.RT)
     for _ in range(2 if get(p, P.DX) != 0 else 1):
-        pack_transposed_pairs(source, row, rows, H, gates, of_gate, out, by_block, scratch, shard, shards)
+        pack_transposed_pairs(
+            source, row, rows, H, deep, gates, of_gate, out, by_block, scratch, shard, shards
+        )
         source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
         of_gate, out = get(p, P.X_COLUMN), get(p, P.WT)
 
@@ -239,7 +267,88 @@ def closing_pairs(p, shard, shards):
                     )  # fmt: skip
 
 
+@njit(**INNER_OPTIONS)
+def turn_words(by_block, source, source_step, columns, out, out_step):
+    """UNIT rows of `columns` words, transposed: `columns`, in whole blocks of LANES, become rows of UNIT words."""
+    for c in range(0, columns, LANES):
+        transpose(by_block, source + c * 4, source_step, out + c * out_step, out_step)
+
+
+def closing_tiles(p, shard, shards):
+    """closing_pairs for amx.py's tiles: x's and h's pairs are transposed to rows, UNIT words at a time, and a tile that has
+    not a whole number of UNITs of rows goes through memory of the thread's own."""
+    TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
+    gates, plain, zeros, width = get(p, P.GATES), get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.WIDTH) * 4
+    row, gates_x, gates_h = get(p, P.PRE) * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
+    x_tiles, per_block = (I + ROWS - 1) // ROWS, (I + ROWS - 1) // ROWS + (K + ROWS - 1) // ROWS
+    first, last = share(blocks * per_block, shard, shards)
+    if first == last:
+        return
+    by_block = load_int(plain + TRANSPOSE * ROWS)
+    of_x, of_h = (I + UNIT - 1) // UNIT * UNIT, (K + UNIT - 1) // UNIT * UNIT
+    step, across = pair_step(PAIRED_ROWS // 2), pair_step(of_x + of_h)
+    left = get(p, P.PAIRS) + shard * get(p, P.PAIRS_BYTES)
+    zipped = left + (of_x + of_h) * step
+    right = zipped + UNIT * across
+    edge = right + PAIRED_ROWS // 2 * row
+    x_row, fed_row = words(p, P.I) * 4, get(p, P.FED_B)
+    for k in range(0, TB, PAIRED_ROWS):
+        rows = min(PAIRED_ROWS, TB - k)
+        depth = (rows + 2 * UNIT - 1) // (2 * UNIT) * UNIT
+        for w in range(0, depth, UNIT):
+            here = min(rows - 2 * w, 2 * UNIT)
+            zip_rows(get(p, P.X) + (k + 2 * w) * x_row, x_row, I, here, zeros, zipped, across)
+            zip_rows(
+                get(p, P.FED) + (k + 2 * w) * fed_row, fed_row, K, here, zeros, zipped + of_x * 4, across
+            )
+            clear = (here + 1) // 2
+            zero_bytes(zipped + clear * across, (UNIT - clear) * across)
+            turn_words(by_block, zipped, across, of_x + of_h, left + w * 4, step)
+        for u in range(first // per_block, blocks):
+            if u * per_block >= last:
+                break
+            panel = gates + (u * TB + k) * row
+            pair_rows(panel, row, rows, right)
+            clear = (rows + 1) // 2
+            zero_bytes(right + clear * row, (depth - clear) * row)
+            for i in range(max(first - u * per_block, 0), min(last - u * per_block, per_block)):
+                if i == 0:
+                    for c in range(0, gates_x, VECTOR_BYTES):
+                        a = get(p, P.DBP) + u * row + c
+                        total = load(a)
+                        for q in range(panel + c, panel + c + rows * row, row):
+                            total = total + load(q)
+                        store(a, total)
+                m, M, out_row, source, out, start = i * ROWS, I, gates_x, left, get(p, P.DWP), right
+                if i >= x_tiles:
+                    m, M, out_row = (i - x_tiles) * ROWS, K, gates_h
+                    source, out, start = left + of_x * step, get(p, P.DRP), right + row - gates_h
+                out += (u * M + m) * out_row
+                m_rows = min(ROWS, M - m)
+                for c in range(0, out_row, TILE_COLUMNS * VECTOR_BYTES):
+                    n = min(TILE_COLUMNS, (out_row - c) // VECTOR_BYTES)
+                    sums, sums_row = out + c, out_row
+                    if m_rows % UNIT != 0:
+                        sums, sums_row = edge, n * VECTOR_BYTES
+                        for r in range(m_rows):
+                            for q in range(0, n * VECTOR_BYTES, VECTOR_BYTES):
+                                store(edge + r * sums_row + q, load(out + c + r * out_row + q))
+                    tile1(
+                        load_int(plain + ((n - 1) * ROWS + m_rows - 1) * 8),
+                        source + m * step, step, 4, depth, start + c, row, sums, sums_row, sums, sums_row,
+                    )  # fmt: skip
+                    if m_rows % UNIT != 0:
+                        for r in range(m_rows):
+                            for q in range(0, n * VECTOR_BYTES, VECTOR_BYTES):
+                                store(out + c + r * out_row + q, load(edge + r * sums_row + q))
+
+
 def pairs_bytes(lay: Layout, I: int, K: int, H: int) -> int:
     """Bytes of scratch a thread for packing pairs in the backward pass."""
+    if lay.unit > 1:
+        columns = -(-I // UNIT) * UNIT - (-K // UNIT) * UNIT
+        rows = columns * line_step(PAIRED_ROWS // 2) + UNIT * line_step(columns)
+        right, edge = PAIRED_ROWS // 2 * lay.pre * lay.width * 4, ROWS * TILE_COLUMNS * VECTOR_BYTES
+        return max(rows + right + edge, transposing_bytes(H))
     step = line_step(-(-I // LANES) * LANES + -(-K // LANES) * LANES)
     return max(PAIRED_ROWS // 2 * (step + lay.pre * lay.width * 4), transposing_bytes(H))

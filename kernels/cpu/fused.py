@@ -24,9 +24,10 @@ from ..derive import Cell, Stage
 from ..rounding import bfloat16_bits
 from ..sequence import Forward, Gradients, Prepacked
 from . import threads
+from .amx import begin_tiles, end_tiles
 from .bfloat16 import pairs_bytes
 from .cache import compile_address, compile_kernel
-from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .isa import LANES, TILE_COLUMNS
 from .layout import (
     PLAN_BYTES,
     Layout,
@@ -38,6 +39,7 @@ from .layout import (
     field,
     product_tiles,
     state_gradients,
+    words,
 )
 from .microkernel import plain_families, tile1
 from .parts import (
@@ -49,7 +51,6 @@ from .parts import (
     packed_rows,
     share_panels,
     tile_rows,
-    words,
 )
 from .plan import SIGNATURE, get, share
 from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
@@ -156,7 +157,7 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"    dy0 = {field(P.DY)}; ds0 = {field(P.DSTATE)} + b * hp4",
         f"    if dy0 != 0: dy0 += t * {field(P.DY_T)} + b * {field(P.DY_B)}",
         f"    dy_step = {field(P.DY_B)}; dp0 = {field(P.DPARAMS)} + b * hp4",
-        f"    h4 = (H + {lay.per_word - 1}) // {lay.per_word} * 4; d_row = h4 * {lay.pre}",
+        f"    h4 = {lay.row_bytes('H')}; d_row = h4 * {lay.pre}",
         f"    d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
         f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
         f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
@@ -249,11 +250,13 @@ def _steps(p, shard, shards, met):
 
 def _forward(p, shard, shards):
     met = 1
+    begin_tiles(get(p, P.TILES))
     call_part(get(p, P.PACK), p, shard, shards)
     barrier(get(p, P.FLAGS), shard, shards, met)
     for piece in range(p, p + get(p, P.PIECES) * PLAN_BYTES, PLAN_BYTES):
         call_steps(get(p, P.STEPS), piece, shard, shards, met)
         met += get(piece, P.T) * get(p, P.UNITS_SPLIT)
+    end_tiles(get(p, P.TILES))
 
 
 def _steps_back(p, shard, shards, met):
@@ -279,6 +282,7 @@ def _steps_back(p, shard, shards, met):
         b0, b1 = 0, B
         v0, v1 = share_panels(v1, shard, shards)
         x0, x1 = share_panels(x1, shard, shards)
+    most = get(p, P.TILE_ROWS)
     real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
     for t in range(T - 1, -2, -1):
         after = d + ((t + 1) & 1) * B * d_row
@@ -287,12 +291,12 @@ def _steps_back(p, shard, shards, met):
             width = min(TILE_COLUMNS, real - v)
             b = b0
             while b < b1:
-                m = tile_rows(b1 - b)
+                m = tile_rows(b1 - b, most)
                 if t == T - 1 or width < n:
                     zero_bytes(s, m * n * VECTOR_BYTES)
                 if t < T - 1 and width > 0:
                     tile1(
-                        load_int(plain + ((width - 1) * TILE_ROWS + m - 1) * 8),
+                        load_int(plain + ((width - 1) * most + m - 1) * 8),
                         after + b * d_row + d_row - depth * 4, d_row, 4, depth,
                         rt + v * VECTOR_BYTES * depth, width * VECTOR_BYTES, zeros, 0, s, n * VECTOR_BYTES,
                     )  # fmt: skip
@@ -320,15 +324,18 @@ def _steps_back(p, shard, shards, met):
 
 
 def _backward(p, shard, shards):
+    begin_tiles(get(p, P.TILES))
     call_part(get(p, P.PACK_BACK), p, shard, shards)
     barrier(get(p, P.FLAGS), shard, shards, 1)
     call_steps(get(p, P.STEPS_BACK), p, shard, shards, 1)
+    end_tiles(get(p, P.TILES))
     call_part(get(p, P.UNPACK), p, shard, shards)
 
 
 def _backward_again(p, shard, shards):
     """Each piece is run forward before it goes back, but for the last, whose values `_forward` has saved."""
     met, flags = 1, get(p, P.FLAGS)
+    begin_tiles(get(p, P.TILES))
     call_part(get(p, P.PACK_BACK), p, shard, shards)
     barrier(flags, shard, shards, met)
     for piece in range(p + (get(p, P.PIECES) - 1) * PLAN_BYTES, p - PLAN_BYTES, -PLAN_BYTES):
@@ -339,6 +346,7 @@ def _backward_again(p, shard, shards):
             barrier(flags, shard, shards, met)
         call_steps(get(p, P.STEPS_BACK), piece, shard, shards, met)
         met += (T + 1) * units_split + 2
+    end_tiles(get(p, P.TILES))
     call_part(get(p, P.UNPACK), p, shard, shards)
 
 
@@ -449,7 +457,7 @@ def _arrangement(
     precision: str, kept: bool,
 ) -> Arrangement:  # fmt: skip
     """The forward pass; its `words` are the whole plan. `kept`: packed weights lie elsewhere."""
-    lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
+    lay, paired = Layout.of(cell.stages[0], precision), precision != "float32"
     W, blocks, S = lay.width, lay.blocks(H), len(cell.state)
     again = training and steps is not None
     length = min(steps, T) if again else T
@@ -468,9 +476,12 @@ def _arrangement(
         P.RP: 0 if kept else weights[P.RP],
         P.STATES: (S - 1) * slots * B * HP,
     }
+    fed_row = lay.words(HP)
     if paired:  # their rows are read in whole vectors, which may reach past the last row
-        rest[P.X] = T * B * lay.words(I) + LANES
-        rest[P.FED] = (T + 1 if training else 2) * B * HP // 2
+        rest[P.X] = (T * B + lay.rows_read) * lay.words(I) + LANES
+        # Where a row has room beside the blocks', no tile writes there.
+        fed = ((T + 1 if training else 2) * B + lay.rows_read) * fed_row
+        (rest if 2 * fed_row == HP else zeroed)[P.FED] = fed
     if training or apart:
         rest[P.GATES] = blocks * length * B * lay.pre * W
     if training:
@@ -480,7 +491,7 @@ def _arrangement(
         rest[P.STARTS] = (S - 1) * pieces * B * HP
     words = {
         P.T: T, P.B: B, P.I: I, P.H: H, P.K: H, P.HP: HP, P.BLOCKS: blocks, P.UNITS_SPLIT: int(units), P.APART: int(apart),
-        P.FED_T: B * HP * 4 // lay.per_word, P.FED_B: HP * 4 // lay.per_word, P.PIECES: 1, P.PER_WORD: lay.per_word,
+        P.FED_T: B * fed_row * 4, P.FED_B: fed_row * 4, P.PIECES: 1, **lay.plan(),
         P.FED_KEPT: 1 if paired and not training else -1, P.X_ROWS: T * B,
         P.WIDTH: W, P.PRE: lay.pre, P.X_GATES: lay.x_gates,
         P.H_GATES: lay.h_gates, P.GROUPS: len(own.products), P.OTHERS: S - 1, P.NARROW: lay.narrow(H),
@@ -504,7 +515,7 @@ def _arrangement_back(
 ) -> tuple[Arrangement, np.ndarray, np.ndarray]:
     """The backward pass, where its words go in the plan, and a table of no gradients of states. `length`: of the pieces
     that are computed again."""
-    lay, S, paired = Layout.of(cell.stages[0], precision), len(cell.state), precision == "bfloat16"
+    lay, S, paired = Layout.of(cell.stages[0], precision), len(cell.state), precision != "float32"
     blocks = lay.blocks(H)
     HP = blocks * lay.width
     zeroed = {
@@ -522,7 +533,7 @@ def _arrangement_back(
         P.STEPS_BACK: _address(_steps_back), P.BACKWARD_TILE: _tile(cell, _backward_tile, precision),
     }  # fmt: skip
     # In bfloat16 an odd H's last word holds nothing beside its unit, and must not hold NaN.
-    (zeroed if paired else rest)[P.D] = 2 * B * lay.pre * lay.words(H)
+    (zeroed if paired else rest)[P.D] = (2 * B + lay.rows_read) * lay.pre * lay.words(H)
     if paired:
         words[P.PAIRS_BYTES] = pairs_bytes(lay, I, H, H)
         rest[P.PAIRS] = shards * words[P.PAIRS_BYTES] // 4
@@ -537,7 +548,9 @@ def _arrangement_back(
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
 _SAVING = np.array([P.TRAINING, P.STATE_STEP], np.intp)
-_STEPPED = np.array([P.T, P.B, P.I, P.HP, P.PER_WORD, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
+_STEPPED = np.array(
+    [P.T, P.B, P.I, P.HP, P.PER_WORD, P.UNIT, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp
+)
 _MOVING = np.array([P.X, P.VALID, P.MASK, P.FED, P.STATE_H, P.DX, P.DY], np.intp)
 _WITH_CALL_BACK = np.array([P.DKERNEL, P.DRECURRENT, P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
 
@@ -553,7 +566,7 @@ def prepare(
     With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
     """
     T, B, I, H, _ = shape
-    lay, paired = Layout.of(cell.stages[0], precision), precision == "bfloat16"
+    lay, paired = Layout.of(cell.stages[0], precision), precision != "float32"
     kept = prepacked is not None and not training and not paired
     own = _arrangement(cell, T, B, I, H, training, steps, shards, units, apart, precision, kept)
     S, again = len(cell.state), training and steps is not None
@@ -599,8 +612,12 @@ def prepare(
         address(kernel), address(recurrent_kernel), 0 if bias is None else address(bias),
         0 if valid is None else address(valid), address(hs),
     )  # fmt: skip
+    rounded: tuple[Any, ...] = ()
     if paired:  # X and FED are memory of ours
-        own.piece(slab, P.FED, -1).view(np.uint16)[: B * HP] = bfloat16_bits(first).ravel()
+        row = 2 * lay.words(HP)
+        copy = own.piece(slab, P.FED, -1).view(np.uint16)[: B * row].reshape(B, row)
+        copy[:, :HP] = bfloat16_bits(first)
+        rounded = ((0, copy),)
         plan[P.X_SOURCE] = address(x)
     else:
         plan[P.X], plan[P.FED] = address(x), address(fed)
@@ -632,7 +649,7 @@ def prepare(
         return Forward(hs[1:, :, :H], final, states, residual)
 
     places = ((hs[0], hs[T]), *((start[0], c[last]) for start, c in zip(starts, cs, strict=True)))
-    return Prepared(compiled(_forward), packed, shards, finish, places)
+    return Prepared(compiled(_forward), packed, shards, finish, places, rounded)
 
 
 @lru_cache(64)
@@ -649,10 +666,18 @@ def _pieces(
         back: of a backward pass.
     """
     whole = np.frombuffer(plan, np.int64)
-    T, B, I, HP, per_word, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
+    T, B, I, HP, per_word, unit, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
     first = np.arange(0, T, length)
     bytes_a_step = np.zeros(len(P), np.int64)
-    bytes_a_step[_MOVING] = (4 * B * -(-I // per_word), B, mask_t, fed_t, 4 * B * HP, 4 * B * I, dy_t)
+    bytes_a_step[_MOVING] = (
+        4 * B * -(-I // (per_word * unit)) * unit,
+        B,
+        mask_t,
+        fed_t,
+        4 * B * HP,
+        4 * B * I,
+        dy_t,
+    )
     bytes_a_step[whole == 0] = 0  # what a call does not have
     bytes_a_step[P.MASK_STEPS] = -1  # steps left
     plans = whole + first[:, None] * bytes_a_step

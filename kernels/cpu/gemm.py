@@ -19,11 +19,20 @@ from numba import njit
 
 from ..rounding import operand
 from ..sequence import check_precision
-from . import threads
-from .bfloat16 import line_step, pack_transposed_pairs, pair_columns, round_rows, transposing_bytes
+from . import amx, threads
+from .amx import begin_tiles, end_tiles
+from .bfloat16 import (
+    clear_words,
+    line_step,
+    pack_transposed_pairs,
+    pair_columns,
+    round_rows,
+    transposing_bytes,
+    turn_words,
+)
 from .cache import compile_kernel
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .microkernel import TRANSPOSE, plain_families, tile1
+from .microkernel import TRANSPOSE, plain_families, rows_of, tile1
 from .plan import SIGNATURE, get, share
 from .simd import (
     JIT_OPTIONS,
@@ -76,6 +85,9 @@ class P(IntEnum):
     PAIRS = auto()  # scratch for packing, PAIRS_BYTES a shard
     PAIRS_BYTES = auto()
     ZEROS = auto()
+    UNIT = auto()  # as in layout.P
+    TILE_ROWS = auto()
+    TILES = auto()
 
 
 @njit(**JIT_OPTIONS)
@@ -101,12 +113,23 @@ def _pack(p, k0, depth, v0, v1, shard, shards):
 
 @njit(**JIT_OPTIONS)
 def _pack_pairs(p, shard, shards):
-    """All of B into panels [panel][K / 2][vectors LANES] of words, and A into words; either may be transposed."""
+    """All of B into panels [panel][K / 2][vectors LANES] of words, and A into words; either may be transposed. For amx.py's
+    tiles K is padded, and A comes in rows."""
     M, N, K, a, b = get(p, P.M), get(p, P.N), get(p, P.DEPTH_K), get(p, P.A), get(p, P.B)
-    words, out, rounded, step = (K + 1) // 2, get(p, P.PACKED), get(p, P.ROUNDED), get(p, P.ROUNDED_STEP)
+    unit, out, rounded, step = get(p, P.UNIT), get(p, P.PACKED), get(p, P.ROUNDED), get(p, P.ROUNDED_STEP)
+    words = (K + 2 * unit - 1) // (2 * unit) * unit
+    scratch = get(p, P.PAIRS) + shard * get(p, P.PAIRS_BYTES)
+    by_block = load_int(get(p, P.PLAIN) + TRANSPOSE * get(p, P.TILE_ROWS))
     if get(p, P.A_K) == 4:
         first, last = share(M, shard, shards)
         round_rows(a, get(p, P.A_ROW), K, rounded, step, first, last)
+        clear_words(rounded, step, (K + 1) // 2, words, first, last)
+    elif unit > 1:
+        first, last = share(words // unit, shard, shards)
+        across = (M + LANES - 1) // LANES * VECTOR_BYTES
+        for w in range(first * unit, last * unit, unit):
+            pair_columns(a, get(p, P.A_K), K, M, scratch - w * across, across, w, w + unit)
+            turn_words(by_block, scratch, across, M, rounded + w * 4, step)
     else:
         first, last = share(words, shard, shards)
         pair_columns(a, get(p, P.A_K), K, M, rounded, step, first, last)
@@ -118,20 +141,18 @@ def _pack_pairs(p, shard, shards):
             here = min(n, N - v * LANES)
             pair_columns(b + v * VECTOR_BYTES, get(p, P.B_K), K, here, panel, n * 4, first, last)
     else:
-        scratch = get(p, P.PAIRS) + shard * get(p, P.PAIRS_BYTES)
-        by_block = load_int(get(p, P.PLAIN) + TRANSPOSE)
         row = get(p, P.B_COLUMN) // 4
-        pack_transposed_pairs(b, row, N, K, 1, get(p, P.ZEROS), out, by_block, scratch, shard, shards)
+        pack_transposed_pairs(b, row, N, K, words, 1, get(p, P.ZEROS), out, by_block, scratch, shard, shards)
 
 
 @njit(**JIT_OPTIONS)
-def _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch):
+def _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch, most, unit):
     """The tile of `rows` rows from m and `n` vectors of columns from v: to C is added the product over `depth` k from k,
-    or to the bias at k = 0. `packed`: the panel's part for these k."""
+    or to the bias at k = 0. `packed`: the panel's part for these k. A tile has up to `most` rows, in whole `unit`s."""
     N, c_row = get(p, P.N), get(p, P.C_ROW)
     c = get(p, P.C) + m * c_row + v * VECTOR_BYTES
-    out, step, whole = c, c_row, (v + n) * LANES <= N
-    if not whole:  # the last vector is not full: the tile goes through scratch
+    out, step, whole = c, c_row, (v + n) * LANES <= N and rows % unit == 0
+    if not whole:  # the last vector is not full, or rows are lacking: the tile goes through scratch
         out, step = scratch, n * VECTOR_BYTES
         if k > 0:
             for r in range(rows):
@@ -142,7 +163,7 @@ def _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch):
     if k == 0:
         start, start_step = get(p, P.BIAS) + v * VECTOR_BYTES, 0
     tile1(
-        load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + rows - 1) * 8),
+        load_int(get(p, P.PLAIN) + ((n - 1) * most + rows - 1) * 8),
         a + m * a_row + k * a_k, a_row, a_k, depth, packed, n * VECTOR_BYTES, start, start_step, out, step,
     )  # fmt: skip
     if not whole:
@@ -154,22 +175,25 @@ def _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch):
 
 def _product_pairs(p, shard, shards):
     """The product in bfloat16."""
-    M, N, words = get(p, P.M), get(p, P.N), (get(p, P.DEPTH_K) + 1) // 2
-    scratch = get(p, P.SCRATCH) + shard * (TILE_ROWS * TILE_COLUMNS * VECTOR_BYTES)
+    M, N, most, unit = get(p, P.M), get(p, P.N), get(p, P.TILE_ROWS), get(p, P.UNIT)
+    words = (get(p, P.DEPTH_K) + 2 * unit - 1) // (2 * unit) * unit
+    scratch = get(p, P.SCRATCH) + shard * (most * TILE_COLUMNS * VECTOR_BYTES)
+    begin_tiles(get(p, P.TILES))
     _pack_pairs(p, shard, shards)
     a, a_row, a_k = get(p, P.ROUNDED), 4, get(p, P.ROUNDED_STEP)
-    if get(p, P.A_K) == 4:
+    if get(p, P.A_K) == 4 or unit > 1:
         a_row, a_k = a_k, 4
     barrier(get(p, P.FLAGS), shard, shards, 1)
-    vectors, down = (N + LANES - 1) // LANES, (M + TILE_ROWS - 1) // TILE_ROWS
+    vectors, down = (N + LANES - 1) // LANES, (M + most - 1) // most
     first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS * down, shard, shards)
     for k in range(0, words, DEPTH):
         depth = min(DEPTH, words - k)
         for i in range(first, last):
-            v, m = i // down * TILE_COLUMNS, i % down * TILE_ROWS
-            n, rows = min(TILE_COLUMNS, vectors - v), min(TILE_ROWS, M - m)
+            v, m = i // down * TILE_COLUMNS, i % down * most
+            n, rows = min(TILE_COLUMNS, vectors - v), min(most, M - m)
             packed = get(p, P.PACKED) + (v * words + k * n) * VECTOR_BYTES
-            _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch)
+            _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch, most, unit)
+    end_tiles(get(p, P.TILES))
 
 
 def _product(p, shard, shards):
@@ -193,13 +217,13 @@ def _product(p, shard, shards):
                 v, m = v0 + i // down * TILE_COLUMNS, i % down * TILE_ROWS
                 n, rows = min(TILE_COLUMNS, v1 - v), min(TILE_ROWS, M - m)
                 packed = get(p, P.PACKED) + (v - v0) * VECTOR_BYTES * depth
-                _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch)
+                _tile(p, a, a_row, a_k, m, rows, v, n, k, depth, packed, scratch, TILE_ROWS, 1)
 
 
 @cache
-def _kernel(precision: str) -> Any:
-    function = _product_pairs if precision == "bfloat16" else _product
-    return compile_kernel(function, "matmul", repr((DEPTH, WIDTH, precision)), SIGNATURE)
+def _kernel(paired: bool) -> Any:
+    function = _product_pairs if paired else _product
+    return compile_kernel(function, "matmul", repr((DEPTH, WIDTH, paired)), SIGNATURE)
 
 
 def matmul(
@@ -230,13 +254,14 @@ def matmul(
         if bias is not None:
             c += bias
         return c
-    width = -(-N // LANES) * LANES
+    precision, width = amx.precision_of(precision, M), -(-N // LANES) * LANES
     shards = 1 if work < ONE_THREAD_BELOW else threads.get_num_threads()
     # One piece of memory for all that a call needs beside its result; the bias padded to whole vectors.
-    flags, tile = shards * threads.FLAG_BYTES // 4, shards * TILE_ROWS * TILE_COLUMNS * LANES
+    flags, tile = shards * threads.FLAG_BYTES // 4, shards * rows_of(precision) * TILE_COLUMNS * LANES
     flags, packed = -(-flags // 16) * 16, min(width, WIDTH * LANES) * min(depth, DEPTH)
-    if precision == "bfloat16":
-        packed = width * ((depth + 1) // 2)
+    unit = amx.UNIT if amx.tiled(precision) else 1
+    if paired:
+        packed = width * (-(-depth // (2 * unit)) * unit)
     space, c = aligned((flags + width + tile + packed,)), aligned((M, N))
     space[: flags + width] = 0
     if bias is not None:
@@ -245,7 +270,8 @@ def matmul(
     scratch = at + 4 * (flags + width)
     words: list[int] = []
     if paired:
-        a, b, words, _kept = _pairs(a, b, shards)  # alive until the call returns
+        a, b, words, _kept = _pairs(a, b, shards, unit)  # alive until the call returns
+        words += [unit, rows_of(precision), amx.state_of(amx.form_of(precision))]
     (a_row, a_k), (b_k, b_column) = a.strides, b.strides
     plan = np.array(
         [
@@ -254,22 +280,26 @@ def matmul(
         ],
         np.int64,
     )  # fmt: skip
-    threads.run(_kernel(precision), address(plan), shards)
+    threads.run(_kernel(paired), address(plan), shards)
     return c
 
 
 def _pairs(
-    a: np.ndarray, b: np.ndarray, shards: int
+    a: np.ndarray, b: np.ndarray, shards: int, unit: int
 ) -> tuple[np.ndarray, np.ndarray, list[int], list[np.ndarray]]:
-    """What bfloat16 adds: operands with one axis that is contiguous, the plan's last words, and what those point to."""
-    (M, depth), words = a.shape, (a.shape[1] + 1) // 2
+    """What bfloat16 adds: operands with one axis that is contiguous, the plan's last words but for those of the tiles, and
+    what those point to."""
+    (M, depth), words = a.shape, -(-a.shape[1] // (2 * unit)) * unit
     if 4 not in a.strides:
         a = np.ascontiguousarray(a)
     if 4 not in b.strides or any(s % 4 for s in b.strides):
         b = np.ascontiguousarray(b)
-    by_rows = a.strides[1] == 4
-    step = line_step(words if by_rows else -(-M // LANES) * LANES)
-    rounded = aligned((M if by_rows else words, step // 4))
-    pairs, zeros = aligned((shards, transposing_bytes(depth) // 4)), aligned((2,), zero=True)
-    at = [address(rounded), step, address(pairs), transposing_bytes(depth), address(zeros)]
+    whole = -(-M // LANES) * LANES
+    by_rows, scratch = a.strides[1] == 4, transposing_bytes(depth)
+    if unit > 1 and not by_rows:  # turned to rows, UNIT words of them at a time
+        by_rows, scratch = True, max(scratch, unit * whole * 4)
+    step = line_step(words if by_rows else whole)
+    rounded = aligned((whole if by_rows else words, step // 4))
+    pairs, zeros = aligned((shards, scratch // 4)), aligned((2,), zero=True)
+    at = [address(rounded), step, address(pairs), scratch, address(zeros)]
     return a, b, at, [rounded, pairs, zeros]

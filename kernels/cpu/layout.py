@@ -7,7 +7,8 @@ up to whole blocks.
                                  products stream it as if it were packed
     wp, rp  [block][I or K][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
 In bfloat16 the products' operands are words of two values each, and K, I and H above half as many (bfloat16.py); what is
-said here of x and of what the recurrent product reads then means rounded copies of them.
+said here of x and of what the recurrent product reads then means rounded copies of them. In the tiles of amx.py, too, and
+each row's words are rounded up to a whole number of amx.UNIT by zeros.
 Padded units (H..HP) hold whatever their cell gives for zeros; products never read them.
 """
 
@@ -20,11 +21,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from ..derive import Cell, Stage
-from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .microkernel import Windows, fused_family
-from .simd import VECTOR_BYTES
+from . import amx
+from .isa import LANES, TILE_COLUMNS
+from .microkernel import Windows, fused_family, rows_of
+from .plan import get
+from .simd import INNER_OPTIONS, VECTOR_BYTES
 
 __all__ = [
     "PLAN_BYTES",
@@ -37,6 +41,7 @@ __all__ = [
     "field",
     "product_tiles",
     "state_gradients",
+    "words",
 ]
 
 
@@ -52,7 +57,7 @@ class P(IntEnum):
     BLOCKS = auto()
     UNITS_SPLIT = auto()  # 1: threads share the units; 0: the batch
     APART = auto()  # 1: the input product of all steps comes first; 0: it is part of each step's tile
-    PACKED = auto()  # 1: a pass before this one has packed the weights
+    PACKED = auto()  # 1: a pass before this one has packed the weights, and the biases
     FLAGS = auto()  # barrier flags
     SCRATCH = auto()
     ZEROS = auto()
@@ -121,6 +126,9 @@ class P(IntEnum):
     DPARAMS = auto()  # [param][B][HP]
     MASK_STEPS = auto()  # how many steps from this plan's first one the recurrent mask goes on
     PER_WORD = auto()  # values in a 32-bit word of a product's operands
+    UNIT = auto()  # words of a row of them, and rows of memory that a tile writes, are whole multiples of it
+    TILE_ROWS = auto()  # the most rows of a product's tile
+    TILES = auto()  # for amx.begin_tiles
     FED_KEPT = auto()  # which bits of a step's number FED has a place for: -1 all, 1 two places in turn
     # Only in bfloat16:
     X_SOURCE = auto()  # x in float32, of which X is the rounded copy
@@ -172,11 +180,38 @@ class Layout:
     @property
     def per_word(self) -> int:
         """Values in 32 bits of a product's operand."""
-        return 2 if self.precision == "bfloat16" else 1
+        return 1 if self.precision == "float32" else 2
+
+    @property
+    def unit(self) -> int:
+        """A row of a product's operand has a whole multiple of so many words."""
+        return amx.UNIT if amx.tiled(self.precision) else 1
+
+    @property
+    def tile_rows(self) -> int:
+        """The most rows of a product's tile."""
+        return rows_of(self.precision)
+
+    @property
+    def rows_read(self) -> int:
+        """How many rows past the last one a product's tile may read."""
+        return self.unit - 1
 
     def words(self, n: int) -> int:
         """32-bit words that n values of a product's operand take."""
-        return -(-n // self.per_word)
+        return -(-n // (self.per_word * self.unit)) * self.unit
+
+    def row_bytes(self, units: str) -> str:
+        """The bytes of a row's words for so many units, in emitted text."""
+        values = self.per_word * self.unit
+        return f"({units} + {values - 1}) // {values} * {4 * self.unit}"
+
+    def plan(self) -> dict[P, int]:
+        """What a plan says of the operands and the tiles."""
+        return {
+            P.PER_WORD: self.per_word, P.UNIT: self.unit, P.TILE_ROWS: self.tile_rows,
+            P.TILES: amx.state_of(amx.form_of(self.precision)),
+        }  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -199,7 +234,7 @@ class Layout:
 
     def scratch(self) -> int:
         """Floats that a thread needs for a tile beside the gates' memory, and for a narrow one."""
-        return TILE_ROWS * (max(self.pre * self.width, TILE_COLUMNS * LANES) + TILE_COLUMNS * LANES)
+        return self.tile_rows * (max(self.pre * self.width, TILE_COLUMNS * LANES) + TILE_COLUMNS * LANES)
 
     def groups(self) -> list[tuple[int, int, Windows]]:
         """The tile's columns in groups that fit the registers: first column, how many, windows of the two products."""
@@ -220,7 +255,7 @@ def field(place: P) -> str:
 
 @cache
 def product_tiles(stage: Stage, precision: str = "float32") -> np.ndarray:
-    """The stage's fused tiles, a row for each group of columns: addresses for 1 to TILE_ROWS rows, then the bytes of a
+    """The stage's fused tiles, a row for each group of columns: addresses for 1 to `tile_rows` rows, then the bytes of a
     packed row before the group's columns and before its part of the recurrent weights. Plans point here."""
     lay, table = Layout.of(stage), []
     apart = (lay.pre - lay.h_gates) * lay.blocks_vectors  # columns that the recurrence does not feed
@@ -228,6 +263,15 @@ def product_tiles(stage: Stage, precision: str = "float32") -> np.ndarray:
         before = first * VECTOR_BYTES, max(0, first - apart) * VECTOR_BYTES
         table.append([*fused_family(count, windows, precision), *before])
     return np.array(table, np.int64)
+
+
+@njit(**INNER_OPTIONS)
+def words(p, place):
+    """How many words of a row of a product's operand as many values take as stand at `place`; per word and unit are powers
+    of two."""
+    per_word = get(p, P.PER_WORD)
+    values = per_word * get(p, P.UNIT)
+    return ((get(p, place) + values - 1) & -values) >> (per_word - 1)
 
 
 def columns(cell: Cell, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
@@ -252,6 +296,7 @@ class Prepared(NamedTuple):
     """A pass that is ready to run: a compiled kernel, its plan, on how many threads, and what makes its result of it.
 
     A forward pass also says where each state lies before and after it, (B, row) each; in inference they may be one place.
+    And in bfloat16 which of these have a rounded copy that the pass reads, (B, row) of uint16: by the state's number.
     """
 
     kernel: Any
@@ -259,6 +304,7 @@ class Prepared(NamedTuple):
     shards: int
     finish: Callable[[], Any]
     states: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    rounded: tuple[tuple[int, np.ndarray], ...] = ()
 
 
 def by_step(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -9,8 +9,8 @@ In bfloat16 the tile is the same with half as many k: A and B are 32-bit words o
 multiply-add is a product of pairs (simd.py: dot_pairs); sums stay float32.
 
 A family is the tiles of one column shape for 1 to TILE_ROWS rows, compiled once and called through a table of addresses,
-so that kernels that use it stay small. linkonce_odr functions of one name are merged across the process, so shape, lanes
-and VERSION stand in the name.
+so that kernels that use it stay small. Where the precision is one of amx.py's, they are its tiles, for 1 to 32 rows.
+linkonce_odr functions of one name are merged across the process, so shape, lanes and VERSION stand in the name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from . import amx
 from .cache import compile_kernel
 from .isa import DOT_BF16, LANES, TILE_COLUMNS, TILE_ROWS
 from .simd import (
@@ -41,10 +42,12 @@ from .simd import (
     pointer,
 )
 
-__all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "tile1", "tile2", "transpose"]
+__all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "rows_of", "tile1", "tile2", "transpose"]
 
 VERSION = 2
-TRANSPOSE = 8 * TILE_COLUMNS * TILE_ROWS  # where its address is in the table of `plain_families`, in bytes
+TRANSPOSE = (
+    8 * TILE_COLUMNS
+)  # where its address is in the table of `plain_families`: so many bytes times `rows_of`
 Windows = tuple[tuple[int, int], ...]  # for each product, the columns it adds to: first and one past the last
 
 PRODUCT_ARGUMENTS = 6  # A, bytes between its rows, bytes between its k, how many k, B, bytes between its k
@@ -162,26 +165,36 @@ def _transpose(module: ir.Module) -> ir.Function:
     return f
 
 
+def rows_of(precision: str) -> int:
+    """The most rows of a tile."""
+    return amx.ROWS if amx.tiled(precision) else TILE_ROWS
+
+
 def _table(
     name: str, shapes: tuple[tuple[int, Windows], ...], precision: str, with_transpose: bool = False
 ) -> np.ndarray:
-    """Compile the tiles of each (columns, windows) for 1 to TILE_ROWS rows; their addresses (int64), a row a shape, and if
+    """Compile the tiles of each (columns, windows) for 1 to `rows_of` rows; their addresses (int64), a row a shape, and if
     asked for that of the transposition, in one row more."""
+    rows, form = rows_of(precision), amx.form_of(precision)
 
     @operation("0(i)")
     def write(b, table):
         if with_transpose:
             address = b.ptrtoint(_transpose(b.module), I64)
-            b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * TILE_ROWS)), I64), align=8)
+            b.store(address, pointer(b, b.add(table, I64(8 * len(shapes) * rows)), I64), align=8)
         for s, (columns, windows) in enumerate(shapes):
-            for m in range(TILE_ROWS):
-                address = b.ptrtoint(_tile(b.module, m + 1, columns, windows, precision), I64)
-                b.store(address, pointer(b, b.add(table, I64(8 * (s * TILE_ROWS + m))), I64), align=8)
+            for m in range(rows):
+                if form is None:
+                    tile = _tile(b.module, m + 1, columns, windows, precision)
+                else:
+                    tile = amx.product_tile(b.module, form, m + 1, columns, windows)
+                place = pointer(b, b.add(table, I64(8 * (s * rows + m))), I64)
+                b.store(b.ptrtoint(tile, I64), place, align=8)
 
     def fill(table):
         write(table)
 
-    table = np.zeros((len(shapes) + 1, TILE_ROWS), np.int64)
+    table = np.zeros((len(shapes) + 1, rows), np.int64)
     text = repr((shapes, with_transpose, precision))
     kernel = compile_kernel(fill, name, text, types.void(types.int64))
     kernel(table.ctypes.data)
@@ -198,7 +211,8 @@ def fused_family(columns: int, windows: Windows, precision: str = "float32") -> 
 
 
 def plain_families(precision: str = "float32") -> np.ndarray:
-    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then TRANSPOSE."""
+    """Tiles of one product: entry [n - 1, m - 1] has m rows and n columns, n up to TILE_COLUMNS; then, in a row more, the
+    transposition."""
     return _plain(precision)
 
 

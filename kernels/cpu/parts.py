@@ -13,10 +13,11 @@ from functools import cache
 
 from numba import njit, types
 
-from .bfloat16 import closing_pairs, pack_back_pairs, pack_pairs
+from . import amx
+from .bfloat16 import closing_pairs, closing_tiles, pack_back_pairs, pack_pairs
 from .cache import compile_address
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import P
+from .layout import P, words
 from .microkernel import TRANSPOSE, tile1, tile2, transpose
 from .plan import get, share
 from .simd import (
@@ -43,30 +44,29 @@ __all__ = [
     "packed_rows",
     "share_panels",
     "tile_rows",
-    "words",
 ]
 
 call_part = caller(3)  # the plan, and the caller's share of the work
 call_forward_step = caller(7)
 call_dx_step = caller(8)
 GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
-GROUP = 8 * (TILE_ROWS + 2)  # bytes of a row of `product_tiles`; its last two numbers are at
-FIRST, R_FIRST = 8 * TILE_ROWS, 8 * (TILE_ROWS + 1)
 
 
 @njit(**INNER_OPTIONS)
-def tile_rows(left):
-    """Rows of the next tile when `left` remain: the last two share evenly, so that none is thin."""
+def tile_rows(left, most):
+    """Rows of the next tile of up to `most` when `left` remain: the last two share evenly, so that none is thin; but in
+    amx.py's, whose rows come in UNITs, the last one has what is left."""
+    if most != TILE_ROWS:
+        return min(left, most)
     if left >= 2 * TILE_ROWS or left == TILE_ROWS:
         return TILE_ROWS
     return min(left, TILE_ROWS) if left < TILE_ROWS else (left + 1) // 2
 
 
 @njit(**INNER_OPTIONS)
-def words(p, place):
-    """How many words of a product's operand as many values take as stand at `place`: half as many in bfloat16."""
-    per_word = get(p, P.PER_WORD)
-    return (get(p, place) + per_word - 1) // per_word
+def group_bytes(p):
+    """Bytes of a row of `product_tiles`; the last two numbers are the bytes of a packed row before the group."""
+    return 8 * (get(p, P.TILE_ROWS) + 2)
 
 
 @njit(**INNER_OPTIONS)
@@ -109,14 +109,16 @@ def pack(p, shard, shards):
 
 
 def input_product(p, u0, u1):
-    """The input's part of all pre-activations: tall tiles read the input's weights once for many steps."""
+    """The input's part of all pre-activations: tall tiles read the input's weights once for many steps. Not in amx.py's
+    tiles, which would write past the last row."""
     TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), words(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
+    group_row = group_bytes(p)
     for u in range(u0, u1):
         gates, wp = get(p, P.GATES) + u * TB * row, get(p, P.WP) + u * I * x_row
         for r in range(0, TB, TILE_ROWS):
-            for group in range(fused, fused + get(p, P.GROUPS) * GROUP, GROUP):
-                first = load_int(group + FIRST)
+            for group in range(fused, fused + get(p, P.GROUPS) * group_row, group_row):
+                first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (min(TILE_ROWS, TB - r) - 1) * 8),
                     x + r * I * 4, I * 4, 4, I, wp + first, x_row,
@@ -128,7 +130,8 @@ def input_product(p, u0, u1):
 def forward_step(p, t, b0, b1, u0, u1, scratch):
     """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it.
 
-    A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards."""
+    A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards.
+    Pre-activations that are kept are made where they stay, unless the tile would write past its rows there."""
     B, I, K, apart, fused = get(p, P.B), words(p, P.I), words(p, P.K), get(p, P.APART), get(p, P.FUSED)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
     h_row, groups, tile = get(p, P.H_GATES) * get(p, P.WIDTH) * 4, get(p, P.GROUPS), get(p, P.FORWARD_TILE)
@@ -136,7 +139,8 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
     fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
     if apart != 0:
         depth = 0
-    narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + TILE_ROWS * row
+    most, unit, group_row = get(p, P.TILE_ROWS), get(p, P.UNIT), group_bytes(p)
+    narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + most * row
     h_first = (get(p, P.PRE) - get(p, P.H_GATES)) * width * 4
     for u in range(u0, u1):
         if narrow != 0 and u == get(p, P.BLOCKS) - 1:
@@ -146,18 +150,18 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
         bias, gates = get(p, P.BP) + u * row, get(p, P.GATES) + (u * TB + t * B) * row
         b = b0
         while b < b1:
-            m = tile_rows(b1 - b)
-            s, start, start_step = scratch, bias, 0
-            if in_memory != 0:
+            m = tile_rows(b1 - b, most)
+            s, start, start_step, moves = scratch, bias, 0, in_memory != 0 and m & (unit - 1) != 0
+            if in_memory != 0 and not moves:
                 s = gates + b * row
             if apart != 0:
                 start, start_step = s, row
-            for group in range(fused, fused + groups * GROUP, GROUP):
-                first = load_int(group + FIRST)
+            for group in range(fused, fused + groups * group_row, group_row):
+                first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (m - 1) * 8),
                     x + b * I * 4, I * 4, 4, depth, wp + first, x_row,
-                    fed + b * fed_row, fed_row, 4, K_here, rp + load_int(group + R_FIRST), h_row,
+                    fed + b * fed_row, fed_row, 4, K_here, rp + load_int(group + group_row - 8), h_row,
                     start + first, start_step, s + first, row,
                 )  # fmt: skip
             if units != 0:
@@ -171,6 +175,10 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
                         a, z = narrow_tile + k * step + g * units * 4, s + k * row + h_first + g * width * 4
                         for q in range(0, units, LANES):
                             store(z + q * 4, load(z + q * 4) + load_n(a + q * 4, units - q))
+            if moves:
+                s = gates + b * row
+                for q in range(0, m * row, VECTOR_BYTES):
+                    store(s + q, load(scratch + q))
             call_forward_tile(tile, p, s, row, m, t, b, u)
             b += m
 
@@ -179,7 +187,7 @@ def pack_back(p, shard, shards):
     """The weights transposed: (rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors
     LANES], padded with 0. In blocks of LANES by LANES: float by float it took a fifth of a short sequence's backward
     pass."""
-    H, by_block = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE)
+    H, by_block = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE * TILE_ROWS)
     source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
     of_gate, out = get(p, P.H_COLUMN), get(p, P.RT)
     for _ in range(2 if get(p, P.DX) != 0 else 1):
@@ -211,14 +219,14 @@ def pack_back(p, shard, shards):
 def dx_step(p, t, d, b0, b1, x0, x1, s):
     """Step t's gradient of the input, rows b0 to b1 and vectors x0 to x1, of the gates' gradients at `d`."""
     B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * words(p, P.H)
-    d_row, add = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD)
+    d_row, add, most = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD), get(p, P.TILE_ROWS)
     for v in range(x0, x1, TILE_COLUMNS):
         n = min(TILE_COLUMNS, x1 - v)
         b = b0
         while b < b1:
-            m = tile_rows(b1 - b)
+            m = tile_rows(b1 - b, most)
             tile1(
-                load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                load_int(get(p, P.PLAIN) + ((n - 1) * most + m - 1) * 8),
                 d + b * d_row, d_row, 4, depth, get(p, P.WT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
                 get(p, P.ZEROS), 0, s, n * VECTOR_BYTES,
             )  # fmt: skip
@@ -303,7 +311,7 @@ def _addresses(*functions: Callable[..., None]) -> dict[P, int]:
     """The functions compiled: their places in the plan, and their addresses."""
     arguments = lambda f: f.__code__.co_argcount
     return {
-        P[f.__name__.removesuffix("_pairs").upper()]: compile_address(
+        P[f.__name__.removesuffix("_pairs").removesuffix("_tiles").upper()]: compile_address(
             f, f.__name__, "", types.void(*[types.int64] * arguments(f))
         )
         for f in functions
@@ -312,7 +320,7 @@ def _addresses(*functions: Callable[..., None]) -> dict[P, int]:
 
 def forward_parts(precision: str) -> dict[P, int]:
     """What a plan needs for a forward pass."""
-    return _addresses(pack_pairs if precision == "bfloat16" else pack, input_product, forward_step)
+    return _addresses(pack if precision == "float32" else pack_pairs, input_product, forward_step)
 
 
 def packed_rows(I: int, K: int) -> int:
@@ -322,6 +330,7 @@ def packed_rows(I: int, K: int) -> int:
 
 def backward_parts(precision: str) -> dict[P, int]:
     """What a plan needs beside those for a backward pass."""
-    if precision == "bfloat16":
-        return _addresses(pack_back_pairs, dx_step, closing_pairs, unpack)
+    if precision != "float32":
+        closing_of = closing_tiles if amx.tiled(precision) else closing_pairs
+        return _addresses(pack_back_pairs, dx_step, closing_of, unpack)
     return _addresses(pack_back, dx_step, closing, unpack)

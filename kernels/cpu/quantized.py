@@ -2,7 +2,8 @@
 
 The product tile is that of microkernel.py with k in fours: four bytes of A are broadcast as one 32-bit group, B is packed
 [k / 4][lanes][4], and one `vpdpbusd` adds four products to each 32-bit sum (AVX-512-VNNI, or AVX-VNNI at eight lanes;
-elsewhere pairs of 16-bit products, or plain multiplications: the same sums, as they are whole numbers). That instruction
+elsewhere pairs of 16-bit products, or plain multiplications: the same sums, as they are whole numbers; and where there are a
+few rows, the tiles of amx.py, with k padded to a whole number of its units). That instruction
 takes unsigned bytes on one side, so A holds q + 128, and the sums start at -128 times the column's sum. The tile ends in
 float32 pre-activations, on which the cell's emitted equations run as ever (fused.py's tile, staged.py's for a stage).
 
@@ -31,7 +32,8 @@ from numba import njit, types
 from ..derive import Cell
 from ..int8 import LEVELS, SMALLEST, STEP, Quantized
 from ..sequence import Forward, check_forward
-from . import fused, staged, threads
+from . import amx, fused, isa, staged, threads
+from .amx import begin_tiles, end_tiles
 from .cache import compile_kernel
 from .isa import FEATURES, IS_X86, LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import PLAN_BYTES, Layout, P, Prepared, by_step, columns
@@ -66,9 +68,9 @@ from .threads import barrier
 from .tiles import call_forward_tile
 from .workspace import aligned, carve
 
-__all__ = ["FORM", "explain", "forward", "forward_all", "matmul"]
+__all__ = ["FORM", "explain", "forward", "forward_all", "matmul", "prepare_step"]
 
-VERSION = 1  # of the tiles: stands in their names, as in microkernel.py
+VERSION = 2  # of the tiles: stands in their names, as in microkernel.py
 CHUNK_ROWS = 64  # rows of pre-activations that are computed ahead, at least
 # Multiply-adds of a sequence below which one thread does it: where the others must be woken first, and where they are awake.
 ONE_THREAD_BELOW, ONE_AWAKE_BELOW = 3e7, 5e6
@@ -99,9 +101,29 @@ def _form() -> str:
 FORM = _form()
 
 
+def form_for(rows: int) -> str:
+    """The form of a product of so many rows."""
+    return (isa.tiles("int8") if rows >= amx.LEAST_ROWS else None) or FORM
+
+
+def _amx(form: str) -> str | None:
+    """The form where it is one of amx.py's."""
+    return form if form in amx.FORMS else None
+
+
+def _unit(form: str) -> int:
+    """Groups of four k are packed in whole multiples of so many."""
+    return 1 if _amx(form) is None else amx.UNIT
+
+
+def _most(form: str) -> int:
+    """The most rows of a tile."""
+    return TILE_ROWS if _amx(form) is None else amx.ROWS
+
+
 # The tile
 
-TILE_ARGUMENTS = 11
+TILE_ARGUMENTS = 12
 
 
 def _dot(b: ir.IRBuilder, form: str, group: Any, weights: Any) -> Any:
@@ -140,7 +162,7 @@ def _tile(module: ir.Module, rows: int, columns: int, form: str) -> ir.Function:
     """C[m, :] = start[m, :] + float(sums[m, :]) scale_a[m] scale_b[:], sums over `quads` groups of four.
 
     Arguments: A, bytes between its rows, quads, B, what the sums start at, B's scales, A's scales, start, bytes between its
-    rows, C, bytes between its rows.
+    rows, C, bytes between its rows, and how many rows there are, which only the tiles of amx.py do not know before.
     """
     name = f"numlstm_dot_{form}_{rows}x{columns}_l{LANES}_v{VERSION}"
     if name in module.globals:
@@ -148,7 +170,7 @@ def _tile(module: ir.Module, rows: int, columns: int, form: str) -> ir.Function:
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * TILE_ARGUMENTS), name)
     f.linkage = "linkonce_odr"
     f.attributes.add("noinline")
-    a, a_row, quads, weights, first, scale_b, scale_a, start, start_step, out, out_step = f.args
+    a, a_row, quads, weights, first, scale_b, scale_a, start, start_step, out, out_step, _ = f.args
     b = ir.IRBuilder(f.append_basic_block())
     at = lambda base, n, kind: pointer(b, b.add(base, I64(n * VECTOR_BYTES)), kind)
     keys = [(m, n) for m in range(rows) for n in range(columns)]
@@ -199,18 +221,23 @@ def _tile(module: ir.Module, rows: int, columns: int, form: str) -> ir.Function:
 @cache
 def tiles(form: str = FORM) -> np.ndarray:
     """Addresses of the tiles, int64: entry [n - 1, m - 1] has m rows and n columns."""
+    most = _most(form)
 
     @operation("0(i)")
     def write(b, table):
         for n in range(TILE_COLUMNS):
-            for m in range(TILE_ROWS):
-                address = b.ptrtoint(_tile(b.module, m + 1, n + 1, form), I64)
-                b.store(address, pointer(b, b.add(table, I64(8 * (n * TILE_ROWS + m))), I64), align=8)
+            for m in range(most):
+                if _amx(form) is None:
+                    tile = _tile(b.module, m + 1, n + 1, form)
+                else:
+                    tile = amx.int8_tile(b.module, form, n + 1)
+                place = pointer(b, b.add(table, I64(8 * (n * most + m))), I64)
+                b.store(b.ptrtoint(tile, I64), place, align=8)
 
     def fill(table):
         write(table)
 
-    table = np.zeros((TILE_COLUMNS, TILE_ROWS), np.int64)
+    table = np.zeros((TILE_COLUMNS, most), np.int64)
     kernel = compile_kernel(fill, "tiles_dot", form, types.void(types.int64))
     kernel(table.ctypes.data)
     _KEEP_LOADED.append(kernel)
@@ -294,10 +321,11 @@ class Packed(NamedTuple):
         return self.values.ctypes.data, self.first.ctypes.data, self.scale.ctypes.data
 
 
-def pack(weights: Quantized, order: np.ndarray, widths: tuple[int, ...]) -> Packed:
-    """Pack the columns `order` (vectors, LANES), -1 for a column of zeros, in groups of `widths` vectors, over and over."""
+def pack(weights: Quantized, order: np.ndarray, widths: tuple[int, ...], unit: int = 1) -> Packed:
+    """Pack the columns `order` (vectors, LANES), -1 for a column of zeros, in groups of `widths` vectors, over and over;
+    k padded with zeros to a whole number of `unit` groups of four."""
     K, N = weights.shape
-    vectors, quads = len(order), -(-K // 4)
+    vectors, quads = len(order), _quads(K, unit)
     padded = np.zeros((4 * quads, N + 1), np.int8)
     padded[:K, :N] = weights.values
     flat = order.reshape(-1)
@@ -318,21 +346,26 @@ def pack(weights: Quantized, order: np.ndarray, widths: tuple[int, ...]) -> Pack
     return Packed(out, first, scale)
 
 
+def _quads(k: int, unit: int) -> int:
+    """Groups of four that so many k take."""
+    return -(-k // (4 * unit)) * unit
+
+
 def _widths(total: int) -> tuple[int, ...]:
     """`total` vectors in groups that fit the tile."""
     return tuple(min(TILE_COLUMNS, total - first) for first in range(0, total, TILE_COLUMNS))
 
 
-def _packed_gates(weights: Quantized, gates: tuple[int, ...], H: int, lay: Layout) -> Packed:
+def _packed_gates(weights: Quantized, gates: tuple[int, ...], H: int, lay: Layout, unit: int) -> Packed:
     """The columns of these gates for the blocks of a sequence; kept with the weights."""
-    key = (gates, H, lay.blocks_vectors)
+    key = (gates, H, lay.blocks_vectors, unit)
     found = weights.packed.get(key)
     if found is None:
         blocks = -(-H // lay.width)
         units = np.arange(blocks * lay.width).reshape(blocks, 1, lay.blocks_vectors, LANES)
         first = np.array(gates, np.int64)[:, None, None] * H
         order = np.where(units < H, first + units, -1)
-        found = pack(weights, order.reshape(-1, LANES), _widths(len(gates) * lay.blocks_vectors))
+        found = pack(weights, order.reshape(-1, LANES), _widths(len(gates) * lay.blocks_vectors), unit)
         weights.packed[key] = found
     return found
 
@@ -366,6 +399,8 @@ class Q(IntEnum):
     PRE = auto()
     CHUNK = auto()
     TILES = auto()
+    TILE_ROWS = auto()  # the most rows of a tile
+    STATE = auto()  # for amx.begin_tiles
 
 
 PRODUCTS_BYTES = 8 * len(Q)
@@ -373,6 +408,8 @@ PRODUCTS_BYTES = 8 * len(Q)
 
 @njit(**INNER_OPTIONS)
 def copy_bias(p):
+    if get(p, P.PACKED) != 0:
+        return
     H, width = get(p, P.H), get(p, P.WIDTH)
     for u in range(get(p, P.BLOCKS)):
         for g in range(get(p, P.X_GATES)):
@@ -388,6 +425,7 @@ def input_product(p, q, t0, t1, b0, b1, u0, u1):
     B, quads, bp, rows = get(p, P.B), get(q, Q.X_QUADS), get(p, P.BP), get(q, Q.CHUNK) * get(p, P.B)
     xq, xq_row, scales, table = get(q, Q.XQ), get(q, Q.XQ_ROW), get(q, Q.X_SCALE), get(q, Q.TILES)
     row, fed = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
+    most = get(q, Q.TILE_ROWS)
     together = t1 - t0  # steps whose rows follow each other
     if b1 - b0 < B:
         together = 1
@@ -395,15 +433,15 @@ def input_product(p, q, t0, t1, b0, b1, u0, u1):
         for t in range(t0, t1, together):
             r, last = t * B + b0, (t + together - 1) * B + b1
             while r < last:
-                m = tile_rows(last - r)
+                m = tile_rows(last - r, most)
                 out = get(q, Q.PRE) + (u * rows + r - t0 * B) * row
                 for c in range(0, fed, TILE_COLUMNS * VECTOR_BYTES):
                     n, column = min(TILE_COLUMNS, (fed - c) // VECTOR_BYTES), u * fed + c
                     dot_tile(
-                        load_int(table + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                        load_int(table + ((n - 1) * most + m - 1) * 8),
                         xq + r * xq_row, xq_row, quads, get(q, Q.WP) + column * quads,
                         get(q, Q.W_FIRST) + column, get(q, Q.W_SCALE) + column, scales + r * 4,
-                        bp + u * row + c, 0, out + c, row,
+                        bp + u * row + c, 0, out + c, row, m,
                     )  # fmt: skip
                 for j in range(m):
                     for c in range(fed, row, VECTOR_BYTES):
@@ -418,6 +456,7 @@ def step(p, q, t, ahead, b0, b1, u0, u1, shard):
     hq, hq_row = get(q, Q.HQ) + shard * get(q, Q.HQ_SHARD), get(q, Q.HQ_ROW)
     scales = get(q, Q.H_SCALE) + shard * get(q, Q.H_SCALE_SHARD)
     row, fed = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.H_GATES) * get(p, P.WIDTH) * 4
+    most = get(q, Q.TILE_ROWS)
     if fed > 0:
         source = get(p, P.FED) + t * get(p, P.FED_T)
         for b in range(b0, b1):
@@ -425,15 +464,15 @@ def step(p, q, t, ahead, b0, b1, u0, u1, shard):
     for u in range(u0, u1):
         b = b0
         while b < b1:
-            m = tile_rows(b1 - b)
+            m = tile_rows(b1 - b, most)
             s = get(q, Q.PRE) + (u * rows + ahead * B + b) * row
             for c in range(0, fed, TILE_COLUMNS * VECTOR_BYTES):
                 n, column, at = min(TILE_COLUMNS, (fed - c) // VECTOR_BYTES), u * fed + c, s + row - fed + c
                 dot_tile(
-                    load_int(table + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                    load_int(table + ((n - 1) * most + m - 1) * 8),
                     hq + b * hq_row, hq_row, quads, get(q, Q.RP) + column * quads,
                     get(q, Q.R_FIRST) + column, get(q, Q.R_SCALE) + column, scales + b * 4,
-                    at, row, at, row,
+                    at, row, at, row, m,
                 )  # fmt: skip
             call_forward_tile(get(p, P.FORWARD_TILE), p, s, row, m, t, b, u)
             b += m
@@ -461,6 +500,7 @@ def _forward(p, shard, shards):
             copy_bias(stage)
     quantize_inputs(first, T, B, shard, shards)
     barrier(flags, shard, shards, met)
+    begin_tiles(get(first, Q.STATE))
     chunk = get(first, Q.CHUNK)
     for t0 in range(0, T, chunk):
         t1 = min(t0 + chunk, T)
@@ -483,6 +523,7 @@ def _forward(p, shard, shards):
                 if units_split:
                     met += 1
                     barrier(flags, shard, shards, met)
+    end_tiles(get(first, Q.STATE))
 
 
 @cache
@@ -511,8 +552,9 @@ def _split(cell: Cell, T: int, B: int, I: int, H: int, at_once: int = 1) -> tupl
 def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
     """Which kernel runs this shape, in words."""
     shards, units = _split(cell, T, B, I, H)
+    form = form_for(B)
     how = "one thread" if shards == 1 else f"{shards} threads over the {'units' if units else 'batch'}"
-    return f"int8 {cell.name}, {FORM}, {TILE_ROWS} x {TILE_COLUMNS} vectors of {LANES}, {how}"
+    return f"int8 {cell.name}, {form}, {_most(form)} x {TILE_COLUMNS} vectors of {LANES}, {how}"
 
 
 def forward(
@@ -560,8 +602,10 @@ def forward_all(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list
 def _prepare(
     cell: Cell, x: Any, kernel: Quantized, recurrent_kernel: Quantized, bias: Any, params: Any, state: Any, valid: Any,
     *, training: bool, aux: Any = (), recurrent_mask: Any = None, projection: Quantized | None = None, at_once: int = 1,
+    alone: bool = False,
 ) -> Prepared:  # fmt: skip
-    """A pass on arrays held to their shapes: memory laid out, weights packed if they are not yet, the plans written."""
+    """A pass on arrays held to their shapes: memory laid out, weights packed if they are not yet, the plans written;
+    `alone`: for one thread."""
     if recurrent_mask is not None:
         raise ValueError("recurrent_mask: it belongs to training, which int8 weights do not serve")
     T, B, I, H, O = check_forward(
@@ -571,17 +615,17 @@ def _prepare(
         raise ValueError(
             f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
         )
-    shards, units = _split(cell, T, B, I, H, at_once)
+    shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once)
     if x.dtype != np.float32 or (I > 1 and x.strides[2] != 4):
         x = np.ascontiguousarray(x, np.float32)
     bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
     valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
     arguments = (bias, params, state, valid, aux)
     if len(cell.stages) == 1:
-        plan, finish = _one_stage(cell, (T, B, I, H), arguments, training, shards, units)
+        plan, finish, places = _one_stage(cell, (T, B, I, H), arguments, training, shards, units)
     else:
         known = staged.Shape(T, B, I, H, O, training, False, shards, units, False, "float32", packed=True)
-        plan, finish, _ = staged.laid_out(cell, known, x, (0, 0, 0), *arguments, None, at_once)
+        plan, finish, places, _ = staged.laid_out(cell, known, x, (0, 0, 0), *arguments, None, at_once)
     weights = (kernel, recurrent_kernel, projection)
     both, kept = _with_products(cell, plan, x, weights, (T, B, I, H, O), shards if units else 1)
     kept += [x, bias, valid]
@@ -590,7 +634,16 @@ def _prepare(
         kept.clear()  # they were in use until here
         return finish()._replace(residual=None)
 
-    return Prepared(compiled(), both, shards, finished)
+    return Prepared(compiled(), both, shards, finished, places)
+
+
+def prepare_step(
+    cell: Cell, x: Any, kernel: Quantized, recurrent_kernel: Quantized, bias: Any, params: Any, valid: Any, *, aux: Any,
+    projection: Quantized | None,
+) -> Prepared:  # fmt: skip
+    """One step of inference from states of zero, on one thread, ready to run, as in sequence.py."""
+    arguments = (cell, x, kernel, recurrent_kernel, bias, params, None, valid)
+    return _prepare(*arguments, training=False, aux=aux, projection=projection, alone=True)
 
 
 def _with_products(
@@ -600,18 +653,21 @@ def _with_products(
     """The plans of layout.P with those of Q before them (the first of the former is where the array given begins), and
     what they point into. `copies`: how many threads need all rows of h in eight bits for themselves."""
     (T, B, I, H, O), (kernel, recurrent_kernel, projection) = shape, weights
-    chunk = max(1, min(T, CHUNK_ROWS // B))
-    x_row, h_row = (-(-n // LANES) * LANES for n in (I, max(H, O)))
+    chunk, form = max(1, min(T, CHUNK_ROWS // B)), form_for(B)
+    unit = _unit(form)
+    whole = max(LANES, 4 * unit)
+    x_row, h_row = (-(-n // whole) * whole for n in (I, max(H, O)))
     memory: list[int] = [0] * len(Q)
     rest = {
-        Q.XQ: -(-T * B * x_row // 4),
+        Q.XQ: -(-(T * B + unit - 1) * x_row // 4),
         Q.X_SCALE: T * B,
-        Q.HQ: -(-copies * B * h_row // 4),
+        Q.HQ: -(-(copies * B + unit - 1) * h_row // 4),
         Q.H_SCALE: copies * B,
     }
     common = {
-        Q.X: x.ctypes.data, Q.X_T: x.strides[0], Q.X_B: x.strides[1], Q.I: I, Q.XQ_ROW: x_row, Q.X_QUADS: -(-I // 4),
-        Q.HQ_ROW: h_row, Q.CHUNK: chunk, Q.TILES: tiles().ctypes.data,
+        Q.X: x.ctypes.data, Q.X_T: x.strides[0], Q.X_B: x.strides[1], Q.I: I, Q.XQ_ROW: x_row,
+        Q.X_QUADS: _quads(I, unit), Q.HQ_ROW: h_row, Q.CHUNK: chunk, Q.TILES: tiles(form).ctypes.data,
+        Q.TILE_ROWS: _most(form), Q.STATE: amx.state_of(_amx(form)),
     }  # fmt: skip
     if copies > 1:
         common |= {Q.HQ_SHARD: B * h_row, Q.H_SCALE_SHARD: B * 4}
@@ -627,14 +683,14 @@ def _with_products(
     for k, stage in enumerate(cell.stages):
         lay, made = Layout.of(stage), O if stage.projects else H
         x_column, h_column = gates[k]
-        w = _packed_gates(kernel, x_column, made, lay)
+        w = _packed_gates(kernel, x_column, made, lay, unit)
         recurrent = projection if stage.projects else recurrent_kernel
-        r = _packed_gates(recurrent, h_column, made, lay)
+        r = _packed_gates(recurrent, h_column, made, lay, unit)
         kept += [w, r]
         row = list(memory)
         for place, value in common.items():
             row[place] = value
-        row[Q.PRE], row[Q.H_QUADS] = pre, -(-recurrent.shape[0] // 4)
+        row[Q.PRE], row[Q.H_QUADS] = pre, _quads(recurrent.shape[0], unit)
         row[Q.WP], row[Q.W_FIRST], row[Q.W_SCALE] = w.addresses
         row[Q.RP], row[Q.R_FIRST], row[Q.R_SCALE] = r.addresses
         both[k * len(Q) : (k + 1) * len(Q)] = row
@@ -655,8 +711,9 @@ def _columns(cell: Cell) -> tuple[list[tuple[tuple[int, ...], tuple[int, ...]]],
 def _one_stage(
     cell: Cell, shape: tuple[int, int, int, int], arguments: tuple[Any, Any, Any, Any, Any], training: bool, shards: int,
     units: bool,
-) -> tuple[np.ndarray, Any]:  # fmt: skip
-    """The plan of a cell of one stage for its emitted tile, and what makes a `Forward` of it once it has run."""
+) -> tuple[np.ndarray, Any, Any]:  # fmt: skip
+    """The plan of a cell of one stage for its emitted tile, what makes a `Forward` of it once it has run, and where each
+    state lies before and after."""
     (T, B, I, H), (bias, params, state, valid, aux) = shape, arguments
     lay, S = Layout.of(cell.stages[0]), len(cell.state)
     blocks = -(-H // lay.width)
@@ -705,7 +762,8 @@ def _one_stage(
         states = tuple(cs[k, 1:, :, :H] for k in range(S - 1)) if training else None
         return Forward(hs[1:, :, :H], final, states, None)
 
-    return np.array(plan, np.int64), finish
+    places = ((hs[0], hs[T]), *((c[0], c[-1]) for c in cs))
+    return np.array(plan, np.int64), finish, places
 
 
 # Dense layers
@@ -731,37 +789,42 @@ class M(IntEnum):
     SCRATCH = auto()
     TILES = auto()
     FLAGS = auto()
+    QUADS = auto()
+    TILE_ROWS = auto()  # as in Q
+    STATE = auto()
 
 
 def _product(p, shard, shards):
-    rows, N, K, quads = get(p, M.ROWS), get(p, M.N), get(p, M.K), (get(p, M.K) + 3) // 4
+    rows, N, K, quads, most = get(p, M.ROWS), get(p, M.N), get(p, M.K), get(p, M.QUADS), get(p, M.TILE_ROWS)
     aq, aq_row, scales, table = get(p, M.AQ), get(p, M.AQ_ROW), get(p, M.A_SCALE), get(p, M.TILES)
-    scratch = get(p, M.SCRATCH) + shard * (TILE_ROWS * TILE_COLUMNS * VECTOR_BYTES)
+    scratch = get(p, M.SCRATCH) + shard * (most * TILE_COLUMNS * VECTOR_BYTES)
     first, last = share(rows, shard, shards)
     for r in range(first, last):
         quantize_row(get(p, M.A) + r * get(p, M.A_ROW), K, aq + r * aq_row, scales + r * 4)
     barrier(get(p, M.FLAGS), shard, shards, 1)
     vectors = (N + LANES - 1) // LANES
-    panels, down = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, (rows + TILE_ROWS - 1) // TILE_ROWS
+    panels, down = (vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, (rows + most - 1) // most
+    begin_tiles(get(p, M.STATE))
     first, last = share(panels * down, shard, shards)
     for i in range(first, last):
-        v, r = i // down * TILE_COLUMNS, i % down * TILE_ROWS
-        n, m = min(TILE_COLUMNS, vectors - v), min(TILE_ROWS, rows - r)
+        v, r = i // down * TILE_COLUMNS, i % down * most
+        n, m = min(TILE_COLUMNS, vectors - v), min(most, rows - r)
         column, left = v * VECTOR_BYTES, N - v * LANES
         out, step = get(p, M.C) + r * get(p, M.C_ROW) + column, get(p, M.C_ROW)
         target, target_step = out, step
         if left < n * LANES:  # the last vector is not full: the tile goes through scratch
             target, target_step = scratch, n * VECTOR_BYTES
         dot_tile(
-            load_int(table + ((n - 1) * TILE_ROWS + m - 1) * 8),
+            load_int(table + ((n - 1) * most + m - 1) * 8),
             aq + r * aq_row, aq_row, quads, get(p, M.B) + column * quads, get(p, M.B_FIRST) + column,
-            get(p, M.B_SCALE) + column, scales + r * 4, get(p, M.BIAS) + column, 0, target, target_step,
+            get(p, M.B_SCALE) + column, scales + r * 4, get(p, M.BIAS) + column, 0, target, target_step, m,
         )  # fmt: skip
         if left < n * LANES:
             for j in range(m):
                 for q in range(n):
                     value = load(scratch + (j * n + q) * VECTOR_BYTES)
                     store_n(out + j * step + q * VECTOR_BYTES, value, left - q * LANES)
+    end_tiles(get(p, M.STATE))
 
 
 @cache
@@ -789,30 +852,35 @@ def matmul(a: np.ndarray, b: Quantized, *, bias: np.ndarray | None = None) -> np
     if a.dtype != np.float32 or (K > 1 and a.strides[1] != 4):
         a = np.ascontiguousarray(a, np.float32)
     vectors = -(-N // LANES)
-    packed = b.packed.get("columns")
+    form = form_for(rows)
+    unit = _unit(form)
+    packed = b.packed.get(("columns", unit))
     if packed is None:
         order = np.arange(vectors * LANES).reshape(vectors, LANES)
-        packed = b.packed["columns"] = pack(b, np.where(order < N, order, -1), (TILE_COLUMNS,))
+        packed = pack(b, np.where(order < N, order, -1), (TILE_COLUMNS,), unit)
+        b.packed["columns", unit] = packed
     start = aligned((vectors * LANES,), zero=True)
     if bias is not None:
         start[:N] = bias
     shards = 1 if rows * N * K < MATMUL_ONE_THREAD_BELOW else threads.get_num_threads()
-    row = -(-K // LANES) * LANES
+    whole = max(LANES, 4 * unit)
+    row = -(-K // whole) * whole
     arrays = {
         M.A: a,
-        M.AQ: aligned((-(-rows * row // 4),)),
+        M.AQ: aligned((-(-(rows + unit - 1) * row // 4),)),
         M.A_SCALE: aligned((rows,)),
         M.B: packed.values,
         M.B_FIRST: packed.first,
         M.B_SCALE: packed.scale,
         M.BIAS: start,
         M.C: c,
-        M.SCRATCH: aligned((shards, TILE_ROWS, TILE_COLUMNS * LANES)),
-        M.TILES: tiles(),
+        M.SCRATCH: aligned((shards, _most(form), TILE_COLUMNS * LANES)),
+        M.TILES: tiles(form),
         M.FLAGS: aligned((shards, threads.FLAG_BYTES // 4), zero=True),
     }
     sizes = {
         M.ROWS: rows, M.N: N, M.K: K, M.A_ROW: a.strides[0], M.AQ_ROW: row, M.C_ROW: 4 * N,
+        M.QUADS: _quads(K, unit), M.TILE_ROWS: _most(form), M.STATE: amx.state_of(_amx(form)),
     }  # fmt: skip
     plan = make_plan(M, sizes, arrays)
     threads.run(_matmul_kernel(), plan.ctypes.data, shards)

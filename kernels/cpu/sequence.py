@@ -14,9 +14,10 @@ import numpy as np
 
 from ..derive import Cell
 from ..sequence import Forward, Gradients, Prepacked, check_backward, check_forward, check_precision
-from . import fused, staged, threads
+from . import amx, fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout, Prepared, Residual
+from .microkernel import rows_of
 from .workspace import address
 
 __all__ = ["backward", "backward_all", "explain", "forward", "forward_all", "prepare_step"]
@@ -70,12 +71,17 @@ def recomputes(cell: Cell) -> bool:
     return len(cell.stages) == 1
 
 
-def explain(cell: Cell, T: int, B: int, I: int, H: int) -> str:
+def explain(cell: Cell, T: int, B: int, I: int, H: int, precision: str = "float32") -> str:
     """Which kernel runs this shape, in words."""
-    shards, units = _split(cell, T, B, I, H)
+    precision = amx.precision_of(precision, B)
+    shards, units = _split(cell, T, B, I, H, precision=precision)
     how = "one thread" if shards == 1 else f"{shards} threads over the {'units' if units else 'batch'}"
     stages = f" of {len(cell.stages)} stages" if len(cell.stages) > 1 else ""
-    return f"fused {cell.name}{stages}, {TILE_ROWS} x {TILE_COLUMNS} vectors of {LANES}, {how}"
+    form = amx.form_of(precision)
+    products = (
+        "" if precision == "float32" else ", bfloat16" + ("" if form is None else f" in tiles ({form})")
+    )
+    return f"fused {cell.name}{stages}, {rows_of(precision)} x {TILE_COLUMNS} vectors of {LANES}{products}, {how}"
 
 
 _FLOAT32 = np.dtype(np.float32)
@@ -167,8 +173,9 @@ def _prepare(
             + (f" and an output of {Q}" if cell.projects else "")
         )
     check_precision(precision)
+    precision = amx.precision_of(precision, B)
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
-    apart = T > 1 and _apart(shards, units, B, I)
+    apart = T > 1 and not amx.tiled(precision) and _apart(shards, units, B, I)
     arrays = [_float32(a) for a in (x, kernel, recurrent_kernel)]
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
     valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
@@ -182,14 +189,16 @@ def _prepare(
 
 
 def prepare_step(
-    cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, valid: Any, *, aux: Any, projection: Any
+    cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: Any, valid: Any, *, aux: Any,
+    projection: Any, precision: str = "float32",
 ) -> Prepared:  # fmt: skip
     """One step of inference from states of zero, on one thread, ready to run: what stream.py repeats.
 
     Its plan reads x (1, B, I) and valid (1, B) where they are, if they are contiguous, float32 and bool.
     """
     arguments = (cell, x, kernel, recurrent_kernel, bias, params, None, valid)
-    return _prepare(*arguments, training=False, aux=aux, projection=projection, alone=True)
+    options = {"aux": aux, "projection": projection, "precision": precision}
+    return _prepare(*arguments, training=False, **options, alone=True)
 
 
 def backward(

@@ -29,10 +29,11 @@ from ..derive import NORM_EPSILON, Cell, Stage
 from ..rounding import bfloat16_bits
 from ..sequence import Forward, Gradients, aux_columns
 from . import threads
+from .amx import begin_tiles, end_tiles
 from .bfloat16 import pairs_bytes
 from .blueprint import Blueprint, Relative, Word
 from .cache import compile_kernel
-from .isa import LANES, TILE_COLUMNS, TILE_ROWS
+from .isa import LANES, TILE_COLUMNS
 from .layout import (
     PLAN_BYTES,
     Layout,
@@ -43,6 +44,7 @@ from .layout import (
     columns,
     field,
     product_tiles,
+    words,
 )
 from .math import sqrt
 from .microkernel import plain_families, tile1
@@ -55,7 +57,6 @@ from .parts import (
     packed_rows,
     share_panels,
     tile_rows,
-    words,
 )
 from .plan import SIGNATURE, get, share
 from .simd import (
@@ -227,7 +228,7 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     o = [
         "def backward_tile(p, rows, t, b, u):",
         f"    B = {field(P.B)}; r = t * B + b; at = u * {wb}; first = u * {lay.width}; H = {field(P.H)}",
-        f"    h4 = (H + {lay.per_word - 1}) // {lay.per_word} * 4",
+        f"    h4 = {lay.row_bytes('H')}",
         f"    valid = {field(P.VALID)}; vectors = {field(P.VECTORS)}; gradients = {field(P.GRADIENTS)}",
         f"    g = {field(P.GATES)} + (u * {field(P.T)} * B + r) * {lay.pre * wb}; d_row = h4 * {lay.pre}",
         f"    e = {field(P.EXTRA)} + (u * {field(P.T)} * B + r) * {lay.extra * wb}; aux = {field(P.AUX)}",
@@ -389,15 +390,15 @@ def source_step(p, t, b0, b1, v0, v1, s):
     units, depth, zeros = get(p, P.K), get(p, P.H_GATES) * words(p, P.H), get(p, P.ZEROS)
     d_row, mask, mask_row = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.D_MASK), get(p, P.MASK_B)
     row, into = get(p, P.D_SOURCE_B), get(p, P.D_SOURCE) + (t & 1) * get(p, P.D_SOURCE_T)
-    d, masked = get(p, P.D) + d_row - depth * 4, mask != 0
+    d, masked, most = get(p, P.D) + d_row - depth * 4, mask != 0, get(p, P.TILE_ROWS)
     mask += t * get(p, P.MASK_T)
     for v in range(v0, v1, TILE_COLUMNS):
         n = min(TILE_COLUMNS, v1 - v)
         b = b0
         while b < b1:
-            m = tile_rows(b1 - b)
+            m = tile_rows(b1 - b, most)
             tile1(
-                load_int(get(p, P.PLAIN) + ((n - 1) * TILE_ROWS + m - 1) * 8),
+                load_int(get(p, P.PLAIN) + ((n - 1) * most + m - 1) * 8),
                 d + b * d_row, d_row, 4, depth, get(p, P.RT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
                 zeros, 0, s, n * VECTOR_BYTES,
             )  # fmt: skip
@@ -417,10 +418,10 @@ def _forward(p, shard, shards):
     s, met, end = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES), 1, p + get(p, P.STAGES) * PLAN_BYTES
     r0, r1 = share(B, shard, shards)
     b0, b1 = (0, B) if units_split else (r0, r1)
-    if get(p, P.PACKED) == 0:
-        for stage in range(p, end, PLAN_BYTES):
-            call_part(get(p, P.PACK), stage, shard, shards)
-        barrier(flags, shard, shards, met)
+    begin_tiles(get(p, P.TILES))
+    for stage in range(p, end, PLAN_BYTES):
+        call_part(get(p, P.PACK), stage, shard, shards)
+    barrier(flags, shard, shards, met)
     for stage in range(p, end, PLAN_BYTES):
         if get(stage, P.APART) != 0:
             blocks = get(stage, P.BLOCKS)
@@ -440,6 +441,7 @@ def _forward(p, shard, shards):
             if units_split:
                 met += 1
                 barrier(flags, shard, shards, met)
+    end_tiles(get(p, P.TILES))
 
 
 def _backward(p, shard, shards):
@@ -447,6 +449,7 @@ def _backward(p, shard, shards):
     s, met, end = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES), 1, p + get(p, P.STAGES) * PLAN_BYTES
     r0, r1 = share(B, shard, shards)
     b0, b1 = (0, B) if units_split else (r0, r1)
+    begin_tiles(get(p, P.TILES))
     for stage in range(p, end, PLAN_BYTES):
         call_part(get(p, P.PACK_BACK), stage, shard, shards)
     barrier(flags, shard, shards, met)
@@ -457,7 +460,7 @@ def _backward(p, shard, shards):
             for u in range(u0, u1):
                 b = b0
                 while b < b1:
-                    m = tile_rows(b1 - b)
+                    m = tile_rows(b1 - b, get(p, P.TILE_ROWS))
                     call_backward_tile(tile, stage, m, t, b, u)
                     b += m
             if units_split:
@@ -486,6 +489,7 @@ def _backward(p, shard, shards):
     barrier(flags, shard, shards, met)
     for stage in range(p, end, PLAN_BYTES):
         call_part(get(p, P.CLOSING), stage, shard, shards)
+    end_tiles(get(p, P.TILES))
     met += 1
     barrier(flags, shard, shards, met)
     for stage in range(p, end, PLAN_BYTES):
@@ -505,9 +509,9 @@ def _tiles(cell: Cell, emit: Callable[..., str], precision: str) -> list[int]:
     return [compile_tile(source, f"{cell.name}_{k}") for k, source in enumerate(sources)]
 
 
-def _scratch_floats(cell: Cell) -> int:
+def _scratch_floats(cell: Cell, precision: str) -> int:
     """Floats of scratch memory a thread."""
-    return max(Layout.of(s).scratch() for s in cell.stages)
+    return max(Layout.of(s, precision).scratch() for s in cell.stages)
 
 
 # Laying out memory
@@ -539,7 +543,8 @@ class _Vectors:
     """Where each vector and its gradient lies, as words of tables."""
 
     def __init__(self, cell: Cell, shape: Shape) -> None:
-        self.cell, self.shape, self.paired = cell, shape, shape.precision == "bfloat16"
+        self.cell, self.shape, self.paired = cell, shape, shape.precision != "float32"
+        self.layout = Layout.of(cell.stages[0], shape.precision)  # for what is the same for all stages
         self.units = (
             {s: shape.H for s in cell.state} | {v: shape.H for v in cell.vectors} | {cell.state[0]: shape.Q}
         )
@@ -591,7 +596,7 @@ class _Vectors:
             return set()
         copied = _copied(self.cell, self.shape.precision)
         if lacking := copied - {self.base(v)[0] for stage in self.cell.stages for v in stage.made}:
-            asked = f"precision: {self.shape.precision}" if self.paired else "recurrent_mask: it"
+            asked = "precision: bfloat16" if self.paired else "recurrent_mask: it"
             raise ValueError(
                 f"{asked} can't be had for {self.cell.name}, where a product reads what `normalize` gives "
                 f"({', '.join(sorted(lacking))}) with nothing in between"
@@ -601,7 +606,8 @@ class _Vectors:
     def pieces_fed(self) -> dict[str, int]:
         """Floats of each copy: all steps, and in bfloat16 a state's last value, which a tile rounds like the others."""
         T = self.shape.T
-        of = lambda v: (T + 1) * self.floats(v) // 2 if self.paired else T * self.floats(v)
+        past = lambda v: self.layout.rows_read * row_units(self.units[v])
+        of = lambda v: ((T + 1) * self.floats(v) + past(v)) // 2 if self.paired else T * self.floats(v)
         return {f"fed {v}": of(v) for v in sorted(self.copied())}
 
     def gradient(self, vector: str) -> list[Word]:
@@ -638,10 +644,15 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         "flags": shape.shards * threads.FLAG_BYTES // 4, "zeros": TILE_COLUMNS * LANES,
         "params": len(cell.params) * row_units(H),
     }  # fmt: skip
-    rest = {"scratch": shape.shards * _scratch_floats(cell), **vectors.pieces_fed()}
+    lay = vectors.layout
+    rest = {
+        "scratch": shape.shards * _scratch_floats(cell, shape.precision),
+    }
+    # A tile's blocks need not fill the words of a row that its products read.
+    (zeroed if lay.unit > 1 else rest).update(vectors.pieces_fed())
     rest |= {f"value {v}": vectors.slots(v) * vectors.floats(v) for v in vectors.units if v != cell.state[0]}
     if vectors.paired:  # rows are read in whole vectors, which may reach past the last row
-        rest["x rounded"] = T * B * -(-I // 2) + LANES
+        rest["x rounded"] = (T * B + lay.rows_read) * lay.words(I) + LANES
     aux = [
         w
         for k in range(len(cell.aux))
@@ -654,8 +665,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         P.ZEROS: Relative("zeros"), P.X: Relative("x rounded" if vectors.paired else "x"),
         P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
         P.MASK: Relative("mask"), P.MASK_T: Relative("mask t"), P.MASK_B: Relative("mask b"),
-        P.STAGES: len(cell.stages), P.SCRATCH_BYTES: 4 * _scratch_floats(cell), **forward_parts(shape.precision),
-        P.FED_KEPT: -1, P.PER_WORD: 2 if vectors.paired else 1,
+        P.STAGES: len(cell.stages), P.SCRATCH_BYTES: 4 * _scratch_floats(cell, shape.precision), P.FED_KEPT: -1,
+        **forward_parts(shape.precision), **lay.plan(),
     }  # fmt: skip
     if vectors.paired:
         common |= {P.X_SOURCE: Relative("x")}
@@ -754,7 +765,7 @@ def _backward_blueprint(cell: Cell, shape: Shape, need_dx: bool) -> Blueprint:
         zeroed[f"drp {k}"] = blocks * depth * lay.h_gates * lay.width
         rest[f"rows {k}"] = 0 if vectors.paired else packed_rows(features, depth)
         # In bfloat16 the last word of an odd number of units holds nothing beside its unit, and must not hold NaN.
-        (zeroed if vectors.paired else rest)[f"d {k}"] = B * lay.pre * lay.words(made)
+        (zeroed if vectors.paired else rest)[f"d {k}"] = (B + lay.rows_read) * lay.pre * lay.words(made)
         rest[f"rt {k}"] = lay.h_gates * lay.words(made) * -(-depth // LANES) * LANES
         rest[f"wt {k}"] = lay.x_gates * lay.words(made) * -(-features // LANES) * LANES if need_dx else 0
         among = [*stage.given, *stage.made, *(stage.made[j][:-1] for j in _old(cell, stage))]
@@ -799,19 +810,19 @@ def prepare(
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch."""
     known = Shape(*shape, training, recurrent_mask is not None, shards, units, apart, precision)
     weights = (kernel, recurrent_kernel, projection)
-    table, finish, places = laid_out(
+    table, finish, places, rounded = laid_out(
         cell, known, x, weights, bias, params, state, valid, aux, recurrent_mask, at_once
     )
-    return Prepared(compiled(_forward), table, shards, finish, places)
+    return Prepared(compiled(_forward), table, shards, finish, places, rounded)
 
 
 def laid_out(
     cell: Cell, known: Shape, x: np.ndarray, weights: tuple[Any, Any, Any], bias: np.ndarray | None,
     params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None, aux: tuple[Any, ...],
     recurrent_mask: Any, at_once: int,
-) -> tuple[np.ndarray, Any, Any]:  # fmt: skip
-    """The stages' plans and tables, in one array, what makes a `Forward` of them once they have run, and where each state
-    lies before and after.
+) -> tuple[np.ndarray, Any, Any, Any]:  # fmt: skip
+    """The stages' plans and tables, in one array, what makes a `Forward` of them once they have run, where each state
+    lies before and after, and the rounded copies of states (layout.Prepared).
 
     weights: kernel, recurrent kernel and projection, or zeros where they come packed.
     """
@@ -835,6 +846,7 @@ def laid_out(
     sequences = [hs]
     for name in cell.state[1:]:
         sequences.append(blueprint.piece(slab, f"value {name}", -1, B, row_units(H)))
+    rounded = []
     for k, (name, sequence) in enumerate(zip(cell.state, sequences, strict=True)):
         n = H if k else Q
         sequence[0, :, n:] = 0
@@ -842,10 +854,12 @@ def laid_out(
         thinned = sequence[0, :, :n]
         if recurrent_mask is not None and name in _sources(cell):
             thinned = thinned * mask[0]
-        if precision == "bfloat16" and name in _copied(cell, precision):
+        if precision != "float32" and name in _copied(cell, precision):
             first = blueprint.piece(slab, f"fed {name}", -1)[: B * row_units(n) // 2].view(np.uint16)
             first[:] = 0
-            first.reshape(B, -1)[:, :n] = bfloat16_bits(thinned)
+            first = first.reshape(B, -1)
+            first[:, :n] = bfloat16_bits(thinned)
+            rounded.append((k, first))
         elif recurrent_mask is not None and name in _sources(cell):
             blueprint.piece(slab, f"fed {name}", T, B, row_units(n))[0, :, :n] = thinned
     if params:
@@ -867,7 +881,7 @@ def laid_out(
         return Forward(hs[1:, :, :Q], final, tuple(s[1:, :, :H] for s in sequences[1:]), residual)
 
     places = tuple((s[0], end) for s, end in zip(sequences, last, strict=True))
-    return table, finish, places
+    return table, finish, places, tuple(rounded)
 
 
 def prepare_back(

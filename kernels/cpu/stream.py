@@ -1,9 +1,12 @@
-"""A stack of layers stepped through in one native call, float32: weights packed once, nothing allocated.
+"""A stack of layers stepped through in one native call: weights packed once, nothing allocated.
 
 Nothing is compiled for a stack. Its plan is a table of calls, each the address of a kernel and that of the kernel's own
-plan, and one small driver makes them in turn. A recurrent layer's call is its cell's forward kernel (fused.py, staged.py) on
-a sequence of one step whose weights are packed already, so that cells, tiles and layouts are those of `predict`; a dense
-layer is a cell without recurrence. The rest are kernels over the rows of (B, F), below.
+plan, and one small driver makes them in turn. A recurrent layer's call is its cell's forward kernel (fused.py, staged.py,
+for int8 weights quantized.py) on a sequence of one step whose weights are packed already, so that cells, tiles and layouts
+are those of `predict`; a dense layer is a cell without recurrence. The rest are kernels over the rows of (B, F), below.
+
+Values between layers and states are float32, whatever the products read: in bfloat16 the states are rounded anew at each
+step, since whoever holds them may have written others.
 
 One thread runs a step: at batch 1 the weights come from the caches, and a second thread would take longer to wake.
 """
@@ -19,9 +22,11 @@ import numpy as np
 from numba import njit
 
 from ..cells import feedforward
+from ..int8 import Quantized
 from ..stream import Activation, Lookup, Masking, Normalization, Recurrence, Softmax, Step
 from . import math as vector_math
-from . import sequence
+from . import quantized, sequence
+from .bfloat16 import round_rows
 from .cache import compile_kernel
 from .isa import LANES
 from .layout import P
@@ -93,6 +98,12 @@ def _mark(p, valid, counts):
     if get(p, Rows.ALSO) != 0:
         counts = counts and load_byte(valid) != 0
     store_byte(valid, 1 if counts else 0)
+
+
+def _round(p, shard, shards):
+    """Rows in bfloat16."""
+    x, out = get(p, Rows.X), get(p, Rows.OUT)
+    round_rows(x, get(p, Rows.X_ROW), get(p, Rows.F), out, get(p, Rows.OUT_ROW), 0, get(p, Rows.B))
 
 
 def _lookup(p, shard, shards):
@@ -329,19 +340,28 @@ class Stack:
         """Add a cell: its kernel, then the new states into the places of the old ones."""
         if x.strides[0] != 4 * x.shape[1] and self.batch > 1:  # padded rows; sequences are read without gaps
             x = self._rows(_kernel(_copy), x, aligned(x.shape))
-        prepared = sequence.prepare_step(
+        arguments = (
             step.cell, x[None], step.kernel, step.recurrent_kernel, step.bias, step.params,
             self.valid[None] if step.remembers and self.valid is not None else None,
-            aux=step.aux, projection=step.projection,
         )  # fmt: skip
+        options = {"aux": step.aux, "projection": step.projection}
+        if isinstance(step.kernel, Quantized):
+            prepared = quantized.prepare_step(*arguments, **options)
+        else:
+            prepared = sequence.prepare_step(*arguments, **options, precision=step.precision)
         plan = prepared.plan.reshape(-1)
         plan[P.T] = 0  # no step yet, but the weights are packed
         prepared.kernel(plan.ctypes.data, 0, 1)
-        plan[P.T], plan[P.PACKED] = 1, 1
-        self._call(prepared.kernel, plan)
-        self._kept.append(prepared)
+        plan[P.T] = 1
+        plan[P.PACKED : len(step.cell.stages) * len(P) : len(P)] = 1
         width = step.recurrent_kernel.shape[0]
         units = width if step.projection is None else step.projection.shape[0]
+        if step.remembers:
+            for k, copy in prepared.rounded:
+                before = prepared.states[k][0][:, : units if k else width]
+                self._rows(_kernel(_round), before, copy[:, : before.shape[1]])
+        self._call(prepared.kernel, plan)
+        self._kept.append(prepared)
         output = prepared.states[0][1][:, :width]
         if step.remembers:
             for before, after in prepared.states:

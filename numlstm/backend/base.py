@@ -298,6 +298,10 @@ class Backend:
         by `steps` (kernels/stream.py), or None where the device has no such kernels."""
         return None
 
+    def products(self, kind: str) -> str:
+        """What `explain` adds about products in "bfloat16" or "int8" on this device; nothing where there is no choice."""
+        return ""
+
     # Products and lookups
     def matmul(self, a: Array, b: Array, bias: Array | None = None) -> Array:
         """a (M, K) times b (K, N), an array or `Quantized`, plus bias (N,)."""

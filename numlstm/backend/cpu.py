@@ -29,6 +29,12 @@ class CpuBackend(Backend):
 
         return Stack(steps, batch, features, masked=masked)
 
+    def products(self, kind: str) -> str:
+        """Whether they run in AMX's tiles, or why not where the processor has them."""
+        from numlstm.kernels.cpu import amx
+
+        return amx.words({"bfloat16": "bf16"}.get(kind, kind))
+
 
 _FUSED = {  # operation: module of numlstm.kernels.cpu, why
     "sequence": ("sequence", "input product, recurrent product and gates in one compiled pass"),

@@ -1,7 +1,8 @@
 """`numlstm warmup`: compile what models need and keep it in the cache, so that their first run starts at once.
 
-Kernels depend on cells and options, never on sizes (numlstm.kernels.cpu), so small arrays will do, if they are not so
-small that NumPy serves them. Any number of processes may warm up one cache at the same time.
+Kernels depend on cells and options, never on sizes (numlstm.kernels.cpu; but where there is AMX, few rows have their
+own, which a stream compiles), so small arrays will do, if they are not so small that NumPy serves them. Any number of
+processes may warm up one cache at the same time.
 """
 
 from __future__ import annotations

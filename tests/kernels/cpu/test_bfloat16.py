@@ -192,7 +192,9 @@ def test_tiles_without_the_instruction(python: Callable) -> None:
         "t.test_nan_and_infinity_pass_through_a_product(); t.test_rows_rounded_in_a_kernel(7)"
     )
     features = "+avx,+avx2,+fma,-avx512f"
-    python(source, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features, NUMBA_ENABLE_AVX=None)
+    python(
+        source, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features, NUMBA_ENABLE_AVX=None, NUMLSTM_AMX=None
+    )
 
 
 # Sequences

@@ -59,7 +59,7 @@ def call_transpose(address, source, source_row, target, target_row):
 
 def test_transposition() -> None:
     source, target = draw(LANES + 2, LANES + 5), np.full((LANES + 1, LANES + 3), 7, "f")
-    address = plain_families().ravel()[microkernel.TRANSPOSE // 8]
+    address = plain_families().ravel()[microkernel.TRANSPOSE * microkernel.rows_of("float32") // 8]
     call_transpose(address, source.ctypes.data, source.strides[0], target.ctypes.data, target.strides[0])
     assert np.array_equal(target[:LANES, :LANES], source[:LANES, :LANES].T)
     assert np.all(target[LANES:] == 7) and np.all(target[:, LANES:] == 7)

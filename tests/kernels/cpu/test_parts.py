@@ -14,14 +14,15 @@ from numlstm.kernels.cpu.layout import Layout
 
 @pytest.fixture(scope="module")
 def cut():
-    return njit(lambda left: parts.tile_rows(left))
+    return njit(lambda left, most: parts.tile_rows(left, most))
 
 
 def test_rows_are_all_taken_and_no_tile_is_thin(cut) -> None:
+    assert [int(cut(left, 32)) for left in (1, 17, 32, 33, 100)] == [1, 17, 32, 32, 32]  # amx.py's tiles
     for rows in range(1, 3 * TILE_ROWS + 2):
         found, left = [], rows
         while left:
-            found.append(int(cut(left)))
+            found.append(int(cut(left, TILE_ROWS)))
             left -= found[-1]
         assert sum(found) == rows and max(found) <= TILE_ROWS
         assert rows < TILE_ROWS or min(found) >= TILE_ROWS // 2, (rows, found)

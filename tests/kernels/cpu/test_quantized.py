@@ -43,8 +43,8 @@ def split_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
 
 
 @njit(**JIT_OPTIONS)
-def call_tile(address, a, a_row, quads, b, first, scale_b, scale_a, start, start_row, c, c_row):
-    quantized.dot_tile(address, a, a_row, quads, b, first, scale_b, scale_a, start, start_row, c, c_row)
+def call_tile(address, a, a_row, quads, b, first, scale_b, scale_a, start, start_row, c, c_row, rows):
+    quantized.dot_tile(address, a, a_row, quads, b, first, scale_b, scale_a, start, start_row, c, c_row, rows)
 
 
 def by_tile(form: str, q: np.ndarray, w: Quantized, start: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def by_tile(form: str, q: np.ndarray, w: Quantized, start: np.ndarray, scale: np
     call_tile(
         quantized.tiles(form)[n - 1, m - 1], a.ctypes.data, a.strides[0], -(-K // 4), packed.values.ctypes.data,
         packed.first.ctypes.data, packed.scale.ctypes.data, scale.ctypes.data, start.ctypes.data, start.strides[0],
-        c.ctypes.data, c.strides[0],
+        c.ctypes.data, c.strides[0], m,
     )  # fmt: skip
     assert np.all(c[m:] == 7) and np.all(c[:, w.shape[1] :] == 7)
     return c[:m, : w.shape[1]]
@@ -307,7 +307,7 @@ print(json.dumps([LANES, quantized.FORM, hashlib.sha256(c.tobytes()).hexdigest()
 
 @pytest.mark.skipif(not IS_X86, reason="the features named are x86's")
 def test_the_same_bits_on_processors_with_less(python: Callable[..., Any]) -> None:
-    bare = dict.fromkeys(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"))
+    bare = dict.fromkeys(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMLSTM_AMX"))
     less = [
         {},
         {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,-avx512f"},

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import zoo
 
 from numlstm.kernels import cells, reference
+from numlstm.kernels.cpu import quantized, sequence
 from numlstm.kernels.cpu.stream import Stack
+from numlstm.kernels.int8 import Quantized
+from numlstm.kernels.rounding import operand
 from numlstm.kernels.stream import Activation, Lookup, Masking, Normalization, Recurrence, Softmax, dense
 
 T = 6
@@ -94,6 +98,72 @@ def test_a_deep_stack(batch: int) -> None:
     np.testing.assert_allclose(
         run(Stack(steps, batch, 5), x), y / y.sum(-1, keepdims=True), rtol=1e-5, atol=1e-6
     )
+
+
+def reduced(step: Recurrence, kind: str) -> Recurrence:
+    """The layer in bfloat16, or its matrices in eight bits."""
+    if kind == "bfloat16":
+        return step._replace(precision=kind)
+    names = ("kernel", "recurrent_kernel", "projection")
+    matrices = {name: getattr(step, name) for name in names}
+    return step._replace(**{name: None if m is None else Quantized.of(m) for name, m in matrices.items()})
+
+
+def predicted(step: Recurrence, kind: str, x: np.ndarray, valid: np.ndarray | None = None):
+    """The whole sequence by the kernel that serves `predict`."""
+    kernels, options = (quantized, {}) if kind == "int8" else (sequence, {"precision": kind})
+    return kernels.forward(
+        step.cell, x, step.kernel, step.recurrent_kernel, step.bias, step.params, None, valid, training=False,
+        aux=step.aux, projection=step.projection, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CELLS)
+def test_reduced_precision_gives_the_bits_of_a_whole_sequence(name: str, batch: int, kind: str) -> None:
+    """An odd number of inputs and of units; some steps masked in the larger batch."""
+    x, step = draw(T, batch, 5), reduced(recurrence(CELLS[name], 5, 37, 11), kind)
+    valid = np.arange(batch * T).reshape(T, batch) % 4 != 1 if batch > 1 else None
+    stack, expected = Stack([step], batch, 5, masked=batch > 1), predicted(step, kind, x, valid)
+    for t in range(T):
+        if valid is not None:
+            stack.valid[...] = valid[t]
+        np.testing.assert_array_equal(run(stack, x[t : t + 1])[0], expected.h[t])
+    for state, last in zip(stack.states[0], expected.final, strict=True):
+        np.testing.assert_array_equal(state, last)
+    assert np.abs(expected.h - whole(recurrence(CELLS[name], 5, 37, 11), x, valid).h).max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_deep_stack_of_reduced_precision(kind: str) -> None:
+    first, second = (
+        reduced(recurrence(CELLS[n], i, h, 0), kind) for n, i, h in (("lstm", 5, 37), ("gru", 37, 21))
+    )
+    last, bias = draw(21, 70), draw(70)
+    matrix = Quantized.of(last) if kind == "int8" else last
+    steps = [first, second, dense(matrix, bias, "tanh", "float32" if kind == "int8" else kind)]
+    x = draw(T, 3, 5)
+    y = predicted(second, kind, predicted(first, kind, x).h).h
+    y = np.tanh(y @ matrix + bias if kind == "int8" else operand(y, kind) @ operand(last, kind) + bias)
+    stack = Stack(steps, 3, 5)
+    np.testing.assert_allclose(run(stack, x), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_step_allocates_nothing(kind: str) -> None:
+    step = recurrence(CELLS["lstm"], 5, 37, 0)
+    stack = Stack([step if kind == "float32" else reduced(step, kind)], 3, 5)
+    stack.run()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(50):
+            stack.run()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak - before < 512  # bytes: of Python's own call, none of 3 x 37 floats
 
 
 def test_states_can_be_written_and_rows_do_not_touch_each_other() -> None:
