@@ -6,6 +6,7 @@ preprocessing. No pickle: a file can't run code. A file that is cut off, foreign
 ValueError that says so.
 """
 
+import importlib
 import json
 import os
 import struct
@@ -100,6 +101,7 @@ def load_model(
     from numlstm.quantization import hold_int8
 
     try:
+        _make_known(description["model"])
         with custom_objects_scope(custom_objects):
             model = rebuilt(description["model"], description["build_shapes"])
             if not isinstance(model, Model):
@@ -117,6 +119,22 @@ def load_model(
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: the model can't be rebuilt: {reason}") from error
     return model
+
+
+# Classes of the library that are known once their modules are imported, which costs time.
+_ELSEWHERE = {"OnnxModel": "numlstm.io.onnx.model"}
+
+
+def _make_known(saved: Any) -> None:
+    """Import the modules of the classes that a configuration names, at any depth."""
+    if isinstance(saved, Mapping):
+        module = _ELSEWHERE.get(saved.get("class_name", ""))
+        if module is not None:
+            importlib.import_module(module)
+            return  # what it holds is its own
+    for value in saved.values() if isinstance(saved, Mapping) else saved if isinstance(saved, list) else ():
+        if isinstance(value, (Mapping, list)):
+            _make_known(value)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
