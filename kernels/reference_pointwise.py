@@ -102,9 +102,17 @@ def erf(x: Array) -> Array:
     """The error function, to about 1e-15 (float64) or rounding (float32)."""
     z = np.minimum(np.abs(x), 6.0)  # 1 - erf(6) is 2e-17; a NaN stays one
     square = z * z
-    near = np.polyval(_ERF_SMALL[0], square) / np.polyval(_ERF_SMALL[1], square) * z
-    far = 1 - np.exp(-square) * np.polyval(_ERFC_MIDDLE[0], z) / np.polyval(_ERFC_MIDDLE[1], z)
+    near = _polynomial(_ERF_SMALL[0], square) / _polynomial(_ERF_SMALL[1], square) * z
+    far = 1 - np.exp(-square) * _polynomial(_ERFC_MIDDLE[0], z) / _polynomial(_ERFC_MIDDLE[1], z)
     return np.copysign(np.where(z <= 0.46875, near, far), x).astype(x.dtype, copy=False)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    """By Horner's rule in float64, the highest power first."""
+    y = np.float64(coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + np.float64(c)
+    return y
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Any]:
@@ -303,6 +311,12 @@ class Updates:
 
 def dense_rows(index: Array, values: Array) -> Array:
     """The whole gradient that (index, values) stand for, as `embedding_gradient` gives them."""
+    if type(values) is not np.ndarray:  # on a device, where to count those taken would wait for it
+        if not len(values):
+            return np.zeros_like(values, shape=(len(index), *values.shape[1:]))
+        return np.where((index >= 0)[:, None], values[np.maximum(index, 0)], 0).astype(
+            values.dtype, copy=False
+        )
     whole = np.zeros((len(index), *values.shape[1:]), values.dtype)
     taken = index >= 0
     whole[taken] = values[index[taken]]

@@ -18,6 +18,7 @@ from typing import Any, Union
 
 import numpy as np
 
+from numlstm.backend import adopt, backend_of, beside, moved, place_of, to_numpy
 from numlstm.kernels.int8 import LEVELS, Quantized
 from numlstm.kernels.reference_pointwise import dense_rows
 from numlstm.kernels.sequence import Prepacked
@@ -33,6 +34,7 @@ __all__ = [
     "is_recording",
     "latest_change",
     "needs_gradient",
+    "transfer",
 ]
 
 Array = Any  # a NumPy array, or the like of it on a device
@@ -48,8 +50,8 @@ def _as_array(data: Any, dtype: Any) -> Array:
         plain, data = data, np.asarray(data)
         if dtype is None and data.dtype == np.float64 and not _holds_arrays(plain):
             dtype = np.float32
-    if isinstance(data, np.generic):
-        data = np.asarray(data)
+    elif type(data) is not np.ndarray:
+        data = adopt(data)
     if data.dtype.kind not in "fiub":
         raise ValueError(f"data: dtype {data.dtype} came, expected real numbers (float, int or bool)")
     return data if dtype is None or data.dtype == dtype else data.astype(dtype)
@@ -87,6 +89,7 @@ class Tensor:
 
     # _origin: (the tape's token, the node's place on it, which of its outputs), or None: no tape knows it.
     __slots__ = ("__weakref__", "_origin", "data", "mask")
+    __array_priority__ = 1000  # above CuPy's: `array * tensor` is ours
     trainable = False
 
     data: Array
@@ -124,9 +127,7 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array, sharing memory where it can."""
-        from numlstm import backend
-
-        return backend.to_numpy(self.data)
+        return to_numpy(self.data)
 
     def item(self) -> float | int | bool:
         """The one value it holds, as a Python number."""
@@ -307,6 +308,20 @@ def latest_change() -> int:
     return _latest_change
 
 
+_arrangement = 0
+_abroad = False
+
+
+def abroad() -> bool:
+    """Has any Variable ever lain on a device? If not, nobody has to ask where one lies."""
+    return _abroad
+
+
+def arrangement() -> int:
+    """How often any Variable was made, or got another array: while it stays the same, all weights lie where they lay."""
+    return _arrangement
+
+
 class Variable(Tensor):
     """A Tensor that is trained: a layer's weight. It owns its array, which `assign` writes in place.
 
@@ -357,13 +372,25 @@ class Variable(Tensor):
 
     def _replace(self, array: Array) -> None:
         """Own a copy of another array."""
-        self._owned = self._shown = array.copy(order="C")
-        if isinstance(array, np.ndarray):
-            self._shown = self._owned.view()
-            self._shown.flags.writeable = False
+        self._own(array.copy(order="C"))
         self._count_change()
 
+    def _own(self, array: Array) -> None:
+        global _arrangement, _abroad
+        self._owned = self._shown = array
+        if isinstance(array, np.ndarray):
+            self._shown = array.view()
+            self._shown.flags.writeable = False
+        else:
+            _abroad = True
+        _arrangement += 1
+
     data = property(operator.attrgetter("_shown"), _replace)  # type: ignore[assignment]
+
+    def move(self, backend: Any) -> None:
+        """Have the array lie in the memory that a backend works in. Not a change: the values stay."""
+        if place_of(self._owned) != (None if backend.xp is np else backend.place):
+            self._own(moved(to_numpy(self._owned), backend, self.name))
 
     def _count_change(self) -> None:
         global _latest_change
@@ -399,6 +426,8 @@ class Variable(Tensor):
             raise ValueError(f"{self.name}: values of shape {values.shape} came, expected {self.shape}")
         if not np.can_cast(values.dtype, self.dtype, "same_kind"):
             raise ValueError(f"{self.name}: values of dtype {values.dtype} came, expected {self.dtype}")
+        if type(values) is not np.ndarray or type(self._owned) is not np.ndarray:
+            values = beside(values, self._owned, self.name)
         self.writable()[...] = values
 
     def __repr__(self) -> str:
@@ -434,9 +463,17 @@ class QuantizedVariable(Variable):
             self._matrix = Quantized(self.data, self.scale.data)
         return self._matrix
 
+    def move(self, backend: Any) -> None:
+        """Stay. Raises ValueError for a device: only the host's backends have kernels for int8 weights."""
+        if backend.xp is not np:
+            raise ValueError(
+                f"{self.name}: int8 weights run on the CPU, {backend.name} has no kernels for them: compile or call the "
+                f"quantized model with backend='cpu', or run the float32 model"
+            )
+
     def assign(self, value: TensorLike) -> None:
         """Write new whole numbers in place. Raises ValueError as `Variable` does, and for a value of -128."""
-        if np.min(_as_array(value, None), initial=0) < -LEVELS:
+        if np.min(to_numpy(_as_array(value, None)), initial=0) < -LEVELS:
             raise ValueError(f"{self.name}: expected values from -{LEVELS} to {LEVELS}, got -128")
         super().assign(value)
         self._matrix = None
@@ -467,6 +504,7 @@ class RowGradient:
 
     __slots__ = ("index", "values")
     __array_ufunc__ = None  # array + gradient is ours
+    __array_priority__ = 1000  # for CuPy's arrays too
 
     def __init__(self, index: Array, values: Array) -> None:
         self.index, self.values = index, values
@@ -587,6 +625,15 @@ class GradientTape:
             )
         sources = list(sources)
         self._check(loss, sources)
+        if type(loss.data) is np.ndarray:
+            return self._differentiate(loss, sources, output_gradient, rows)
+        with backend_of(loss.data).current():
+            return self._differentiate(loss, sources, output_gradient, rows)
+
+    def _differentiate(
+        self, loss: Tensor, sources: list[Tensor], output_gradient: TensorLike | None, rows: bool
+    ) -> list[Array]:
+        """`gradient`, of arguments that were checked, on the device of the loss."""
         seed = self._seed(loss, output_gradient)
         self._spent = not self.persistent
         token = self._token
@@ -644,7 +691,7 @@ class GradientTape:
                 if type(loss.data) is np.ndarray
                 else np.ones_like(loss.data)
             )
-        seed = _as_array(output_gradient, loss.dtype)
+        seed = beside(_as_array(output_gradient, loss.dtype), loss.data, "output_gradient")
         if seed.shape != loss.shape:
             raise ValueError(f"output_gradient: shape {seed.shape} came, expected the loss's {loss.shape}")
         return seed
@@ -726,14 +773,20 @@ def _own(gradients: list[Array], sources: list[Tensor], seed: Array) -> list[Arr
             result.append(g)
             continue
         if not isinstance(g, type(data)) or g.dtype != data.dtype:
-            g = np.asarray(g, data.dtype)
+            g = beside(g, data, "gradient", data.dtype)
         others = neighbours.setdefault(_owner(g), [])
-        if not g.flags.writeable or (others and any(np.may_share_memory(g, other) for other in others)):
+        writable = g.flags.writeable if type(g) is np.ndarray else _writable(g)
+        if not writable or (others and any(np.may_share_memory(g, other) for other in others)):
             g = g.copy()
         else:
             others.append(g)
         result.append(g)
     return result
+
+
+def _writable(a: Array) -> bool:
+    """Can the elements of a device's array be written to, each by itself? It does not say so of broadcast views."""
+    return all(stride or n < 2 for n, stride in zip(a.shape, a.strides, strict=True))
 
 
 def _owner(a: Array) -> int:
@@ -793,6 +846,21 @@ def apply(data: Array, *edges: tuple[Tensor, VJP]) -> Tensor:
 
 
 _new = Tensor.__new__
+
+
+def transfer(tensor: Tensor, backend: Any, name: str) -> Tensor:
+    """A tensor in the memory that a backend works in; itself if it lies there. Its gradient comes back to where it lay.
+
+    Raises:
+        ValueError: it lies on another device than the backend's; `name` says which argument it came as.
+    """
+    here = tensor.data
+    there = moved(here, backend, name)
+    if there is here:
+        return tensor
+    out = apply(there, (tensor, lambda dy: beside(dy, here, name)))
+    out.mask = tensor.mask
+    return out
 
 
 def apply_joint(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from numlstm.backend import adopt
 from numlstm.registry import Configurable, Registry
 
 Axis = int | Sequence[int]
@@ -41,7 +42,7 @@ class MaxNorm(Constraint):
         self.max_value, self.axis = max_value, _axis(axis)
 
     def __call__(self, w: Any) -> np.ndarray:
-        w = np.asarray(w)
+        w = adopt(w)
         norms = _norms(w, self.axis)
         return (w * (np.clip(norms, 0, self.max_value) / (_EPSILON + norms))).astype(w.dtype)
 
@@ -55,7 +56,7 @@ class NonNeg(Constraint):
     """
 
     def __call__(self, w: Any) -> np.ndarray:
-        return np.maximum(np.asarray(w), 0)
+        return np.maximum(adopt(w), 0)
 
 
 @_registry.register()
@@ -70,7 +71,7 @@ class UnitNorm(Constraint):
         self.axis = _axis(axis)
 
     def __call__(self, w: Any) -> np.ndarray:
-        w = np.asarray(w)
+        w = adopt(w)
         return (w / (_EPSILON + _norms(w, self.axis))).astype(w.dtype)
 
 
@@ -94,7 +95,7 @@ class MinMaxNorm(Constraint):
         self.min_value, self.max_value, self.rate, self.axis = min_value, max_value, rate, _axis(axis)
 
     def __call__(self, w: Any) -> np.ndarray:
-        w = np.asarray(w)
+        w = adopt(w)
         norms = _norms(w, self.axis)
         wanted = self.rate * np.clip(norms, self.min_value, self.max_value) + (1 - self.rate) * norms
         return (w * (wanted / (_EPSILON + norms))).astype(w.dtype)

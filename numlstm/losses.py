@@ -14,6 +14,7 @@ import numpy as np
 
 from numlstm import ops
 from numlstm.autograd import Tensor, apply
+from numlstm.backend import adopt, beside, ranges
 from numlstm.registry import Configurable, Registry, serialize, snake_case
 
 __all__ = [
@@ -101,37 +102,49 @@ class Loss(Configurable):
             return weighted_sum(values, None, 1.0 / values.size if values.size else 0.0)
         # A function that gives one number in all has seen to its mask itself.
         counted = None if mask is None or not values.ndim else _fit("mask", mask, values)
-        divisor: float = values.size
+        divisor: Any = values.size  # on a device a number there, which nobody waits for
         if counted is not None:
-            divisor = float(counted.sum(dtype=np.float64)) * (values.size / counted.size)
+            divisor = _sum(counted) * (values.size / counted.size)
             weights = counted if weights is None else weights * counted
         if self.reduction == "mean_with_sample_weight" and weights is not None:
-            divisor = float(weights.sum(dtype=np.float64)) * (values.size / weights.size)
+            divisor = _sum(weights) * (values.size / weights.size)
         if self.reduction == "sum":
             divisor = 1.0
         if self.reduction in (None, "none"):
             return values if weights is None else values * weights
-        return weighted_sum(values, weights, 1.0 / divisor if divisor else 0.0)
+        if isinstance(divisor, (int, float)):
+            return weighted_sum(values, weights, 1.0 / divisor if divisor else 0.0)
+        none = divisor == 0
+        return weighted_sum(values, weights, np.where(none, 0.0, 1.0 / (divisor + none)))
 
 
-def weighted_sum(values: Tensor, weights: np.ndarray | None, scale: float) -> Tensor:
+def _sum(a: Any) -> Any:
+    """The sum of all elements in float64, a number; that of a device's array stays there."""
+    total = a.sum(dtype=np.float64)
+    return float(total) if type(a) is np.ndarray else total
+
+
+def weighted_sum(values: Tensor, weights: np.ndarray | None, scale: Any) -> Tensor:
     """`scale * sum(values * weights)` as one operation: the end of every loss, so it should cost little."""
     data = values.data
-    shape, factor = data.shape, data.dtype.type(scale)
+    shape, here = data.shape, type(data) is np.ndarray
+    factor = data.dtype.type(scale) if isinstance(scale, float) else scale.astype(data.dtype)
     if weights is not None:
         data = data * weights
 
     def vjp(dy: Any) -> Any:
         if weights is None:
-            return np.full(shape, dy * factor)
+            return np.full(shape, dy * factor) if here else np.broadcast_to(dy * factor, shape)
         return np.broadcast_to(weights * (dy * factor), shape)
 
-    return apply(np.add.reduce(data, None) * factor, (values, vjp))
+    return apply((np.add.reduce(data, None) if here else data.sum()) * factor, (values, vjp))
 
 
 def _fit(name: str, weights: Any, values: Tensor) -> np.ndarray:
     """`weights` as an array of the values' dtype that broadcasts over their trailing axes."""
-    w = np.asarray(weights.data if isinstance(weights, Tensor) else weights, values.dtype)
+    w = weights.data if isinstance(weights, Tensor) else weights
+    here = type(values.data) is np.ndarray and type(w) is np.ndarray
+    w = np.asarray(w, values.dtype) if here else beside(w, values.data, name, values.dtype)
     if w.ndim == values.ndim + 1 and w.shape[-1] == 1:
         w = w[..., 0]
     if w.ndim > values.ndim or any(n not in (1, m) for n, m in zip(w.shape, values.shape, strict=False)):
@@ -149,10 +162,13 @@ def pair(y_true: Any, y_pred: Any) -> tuple[Tensor, Tensor]:
         dtype = y_pred.data.dtype
     if not isinstance(y_true, Tensor):
         if type(y_true) is not np.ndarray or y_true.dtype is not dtype:
-            y_true = np.asarray(y_true, dtype)
+            y_true = adopt(y_true)
+            y_true = y_true if y_true.dtype == dtype else y_true.astype(dtype)
         y_true = Tensor(y_true)
     elif y_true.dtype != dtype:
         y_true = y_true.astype(dtype)
+    if type(y_true.data) is not type(y_pred.data):
+        y_true = Tensor(beside(y_true.data, y_pred.data, "y"))
     if y_true.shape != y_pred.shape:
         if (*y_true.shape, 1) == y_pred.shape:
             y_true = y_true.reshape(y_pred.shape)
@@ -286,7 +302,10 @@ def _unit(x: Tensor) -> Tensor:
 
 def _signs(y_true: Tensor) -> Tensor:
     """Labels 0 and 1 become -1 and 1; -1 and 1 stay."""
-    return 2.0 * y_true - 1.0 if np.isin(y_true.data, (0, 1)).all() else y_true
+    labels = y_true.data
+    if type(labels) is np.ndarray:
+        return 2.0 * y_true - 1.0 if np.isin(labels, (0, 1)).all() else y_true
+    return ops.where(((labels == 0) | (labels == 1)).all(), 2.0 * y_true - 1.0, y_true)
 
 
 def hinge(y_true: Any, y_pred: Any) -> Tensor:
@@ -381,7 +400,7 @@ def class_numbers(
     y_true: Any, y_pred: Tensor, ignore_class: int | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The labels as integers (...), checked, and which of them count (None: all)."""
-    labels = np.asarray(y_true.data if isinstance(y_true, Tensor) else y_true)
+    labels = beside(y_true.data if isinstance(y_true, Tensor) else y_true, y_pred.data, "y")
     classes = y_pred.shape[-1]
     if labels.ndim == y_pred.ndim and labels.shape[-1] == 1:
         labels = labels[..., 0]
@@ -392,27 +411,39 @@ def class_numbers(
         )
     if labels.dtype.kind not in "iu":
         whole = labels.astype(np.int64)
-        if not np.array_equal(whole, labels):
+        if not (whole == labels).all():
             raise ValueError(
-                f"y: class numbers must be integers, got {labels.dtype} such as {labels.flat[0]}"
+                f"y: class numbers must be integers, got {labels.dtype} such as {labels.ravel()[0]}"
             )
         labels = whole
-    kept = None
+    kept, given, low, high = None, labels, 0, classes - 1
     if ignore_class is not None:
         kept = labels != ignore_class
         labels = np.where(kept, labels, 0)
         kept = kept.astype(y_pred.dtype)
-    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        low, high = (-1 if ignore_class == -1 else low), (classes if ignore_class == classes else high)
+    if labels.size and _outside(given, low, high) and (kept is None or _outside(labels, 0, classes - 1)):
         wrong = labels[(labels < 0) | (labels >= classes)][0]
         raise ValueError(
             f"y: class number {wrong} came, expected 0 to {classes - 1}: predictions have {classes} classes"
         )
+    if type(labels) is not np.ndarray:
+        ranges.remember(labels, 0, classes - 1)
     return labels, kept
 
 
+def _outside(values: Any, low: float, high: float) -> bool:
+    """Is any of the values, of which there are some, below `low` or above `high`?"""
+    least, most = ranges.bounds(values)
+    if least >= low and most <= high:
+        return False
+    least, most = ranges.exact(values)
+    return not (least >= low and most <= high)
+
+
 def _check_probabilities(name: str, values: np.ndarray) -> None:
-    if values.size and (values.min() < 0 or values.max() > 1):
-        wrong = values[(values < 0) | (values > 1)].flat[0]
+    if values.size and _outside(values, 0, 1):
+        wrong = values[(values < 0) | (values > 1)].ravel()[0]
         raise ValueError(f"{name}: {wrong} came, expected labels from 0 to 1")
 
 
@@ -438,7 +469,7 @@ class FunctionLoss(Loss):
 
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         if not isinstance(y_true, Tensor):
-            y_true = Tensor(np.asarray(y_true, y_pred.dtype))
+            y_true = Tensor(beside(y_true, y_pred.data, "y", y_pred.dtype))
         values = self.fn(y_true, y_pred)
         if not isinstance(values, Tensor):
             raise ValueError(f"loss {self.name}: gave a {type(values).__name__}, expected a Tensor")
@@ -689,9 +720,9 @@ class SparseCategoricalCrossentropy(Loss):
     def valid(self, y_true: Any, mask: Any) -> Any:
         if self.ignore_class is None:
             return mask
-        kept = np.asarray(y_true) != self.ignore_class
-        kept = kept if mask is None else kept & np.asarray(mask, bool).reshape(kept.shape)
-        return kept
+        labels = adopt(y_true.data if isinstance(y_true, Tensor) else y_true)
+        kept = labels != self.ignore_class
+        return kept if mask is None else kept & beside(mask, kept, "mask", bool).reshape(kept.shape)
 
 
 def get(identifier: Any) -> Loss | None:

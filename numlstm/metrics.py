@@ -15,6 +15,7 @@ import numpy as np
 
 from numlstm import losses
 from numlstm.autograd import Tensor
+from numlstm.backend import adopt, beside, namespace, place_of, to_numpy
 from numlstm.losses import Loss, class_numbers, function_name, named_function, pair
 from numlstm.registry import Configurable, Registry, serialize, snake_case
 
@@ -87,7 +88,7 @@ class Metric(Configurable):
 
     def get_state(self) -> dict[str, Any]:
         """The sums so far, JSON-able: the attributes in `state_names`."""
-        return {name: serialize(getattr(self, name)) for name in self.state_names}
+        return {name: serialize(_read(getattr(self, name))) for name in self.state_names}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `get_state` gave."""
@@ -108,14 +109,15 @@ class _Average(Metric):
         """Take in `values`; `sample_weight` has their shape, or their first axes."""
         values = _array(values)
         if sample_weight is None:
-            self.total += float(values.sum(dtype=np.float64))
-            self.count += values.size
+            self.total = self.total + _sum(values)
+            self.count = self.count + values.size
             return
         values, weights = _weighed(values, sample_weight)
-        self.total += float((values * weights).sum(dtype=np.float64))
-        self.count += float(weights.sum(dtype=np.float64))
+        self.total = self.total + _sum(values * weights)
+        self.count = self.count + _sum(weights)
 
     def result(self) -> float:
+        self.total, self.count = _read(self.total), _read(self.count)
         return self.total / self.count if self.count else 0.0
 
 
@@ -151,9 +153,10 @@ class Sum(Metric):
         if sample_weight is not None:
             values, weights = _weighed(values, sample_weight)
             values = values * weights
-        self.total += float(values.sum(dtype=np.float64))
+        self.total = self.total + _sum(values)
 
     def result(self) -> float:
+        self.total = _read(self.total)
         return self.total
 
 
@@ -204,7 +207,7 @@ class LossMetric(_Average):
         """Take in values of the loss, computed elsewhere; labels that it ignores do not count."""
         kept = self.loss.valid(y_true, None)
         if kept is not None:
-            kept = np.asarray(kept, values.dtype).reshape(values.shape)
+            kept = beside(kept, values, "y", values.dtype).reshape(values.shape)
             sample_weight = kept if sample_weight is None else _weighed(kept, sample_weight)[1] * kept
         self.add(values, sample_weight)
 
@@ -312,14 +315,17 @@ class R2Score(Metric):
         width = truth.shape[-1]
         y = truth.data.astype(np.float64)
         error = y - predicted.data
-        weights = np.ones(y.shape[:-1]) if sample_weight is None else _weighed(y[..., 0], sample_weight)[1]
+        if sample_weight is None:
+            weights = namespace(y).ones(y.shape[:-1])
+        else:
+            weights = _weighed(y[..., 0], sample_weight)[1]
         w = np.broadcast_to(weights, y.shape[:-1]).reshape(-1, 1)
         y, error = y.reshape(-1, width), error.reshape(-1, width)
-        self._sums = self._sums + np.stack([np.broadcast_to(w, y.shape), w * y, w * y**2, w * error**2]).sum(
-            axis=1
-        )
+        sums = np.stack([np.broadcast_to(w, y.shape), w * y, w * y**2, w * error**2]).sum(axis=1)
+        self._sums = beside(self._sums, sums, "state") + sums
 
     def result(self) -> float:
+        self._sums = _read(self._sums)
         count, total, squares, residual = self._sums
         if not count.any():
             return 0.0
@@ -408,7 +414,7 @@ class _TopK(_Average):
         super().__init__(name)
 
     def _add_labels(self, labels: np.ndarray, predicted: np.ndarray, sample_weight: Any) -> None:
-        of_label = np.take_along_axis(predicted, labels[..., None], axis=-1)
+        of_label = np.take_along_axis(predicted, beside(labels, predicted, "y")[..., None], axis=-1)
         self.add((predicted > of_label).sum(axis=-1) < self.k, sample_weight)
 
 
@@ -492,19 +498,25 @@ class _Thresholded(Metric):
         truth, predicted = (t.data for t in pair(_array(y_true), _array(y_pred)))
         weights = 1.0 if sample_weight is None else _weighed(truth, sample_weight)[1]
         if self.top_k is not None:  # all but the k largest of the last axis are "no"
-            kth = np.sort(predicted, axis=-1)[..., [-self.top_k]]
+            at = predicted.shape[-1] - self.top_k
+            kth = np.sort(predicted, axis=-1)[..., at : at + 1]
             predicted = np.where(predicted >= kth, predicted, -math.inf)
         if self.class_id is not None:
-            weights = np.broadcast_to(weights, truth.shape)[..., self.class_id]
+            if sample_weight is not None:
+                weights = weights[..., self.class_id]
             truth, predicted = truth[..., self.class_id], predicted[..., self.class_id]
         yes = truth.astype(bool)
+        for name in self.state_names:
+            setattr(self, name, beside(getattr(self, name), predicted, "state"))
         for at, limit in enumerate(self._limits):
             said = predicted > limit
-            self.true_positives[at] += np.sum((said & yes) * weights)
-            self.false_positives[at] += np.sum((said & ~yes) * weights)
-            self.false_negatives[at] += np.sum((~said & yes) * weights)
+            self.true_positives[at] += ((said & yes) * weights).sum()
+            self.false_positives[at] += ((said & ~yes) * weights).sum()
+            self.false_negatives[at] += ((~said & yes) * weights).sum()
 
-    def _ratio(self, others: np.ndarray) -> Any:
+    def _ratio(self, name: str) -> Any:
+        self.true_positives, others = _read(self.true_positives), _read(getattr(self, name))
+        setattr(self, name, others)
         whole = self.true_positives + others
         ratio = np.divide(self.true_positives, whole, out=np.zeros_like(whole), where=whole != 0)
         return float(ratio[0]) if len(ratio) == 1 else ratio.tolist()
@@ -522,7 +534,7 @@ class Precision(_Thresholded):
     """
 
     def result(self) -> Any:
-        return self._ratio(self.false_positives)
+        return self._ratio("false_positives")
 
 
 @_registry.register()
@@ -534,7 +546,7 @@ class Recall(_Thresholded):
     """
 
     def result(self) -> Any:
-        return self._ratio(self.false_negatives)
+        return self._ratio("false_negatives")
 
 
 @_registry.register()
@@ -579,24 +591,41 @@ class AUC(Metric):
     def reset_state(self) -> None:
         # Weight of positives and negatives by the number of thresholds below their prediction.
         self._counts = np.zeros((2, len(self._limits) + 1))
+        self._outside: Any = False  # on a device: whether a prediction outside [0, 1] came
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         truth, predicted = (t.data for t in pair(_array(y_true), _array(y_pred)))
         predicted = predicted.astype(np.float64)
         if self.from_logits:
             predicted = 0.5 * (1 + np.tanh(0.5 * predicted))
-        if predicted.size and not (predicted.min() >= 0 and predicted.max() <= 1):
+        here = type(predicted) is np.ndarray
+        if here:
+            self._check(predicted.size and not (predicted.min() >= 0 and predicted.max() <= 1))
+        else:
+            self._outside = self._outside | ~((predicted >= 0) & (predicted <= 1)).all()
+        ones = namespace(predicted).ones
+        weights = ones(truth.shape) if sample_weight is None else _weighed(truth, sample_weight)[1]
+        weights = np.broadcast_to(weights, truth.shape).ravel()
+        limits = beside(self._limits, predicted, "thresholds")
+        below = np.searchsorted(limits, predicted.ravel(), side="left")
+        yes = truth.ravel().astype(bool)
+        if here:
+            for row, chosen in enumerate((yes, ~yes)):
+                self._counts[row] += np.bincount(below[chosen], weights[chosen], self._counts.shape[1])
+            return
+        self._limits = limits
+        self._counts = beside(self._counts, predicted, "state")
+        namespace(predicted).add.at(self._counts, (1 - yes.astype(np.int64), below), weights)
+
+    def _check(self, outside: Any) -> None:
+        if outside:
             raise ValueError(
                 "y_pred: predictions outside [0, 1] came; AUC takes probabilities, or from_logits=True"
             )
-        weights = np.ones(truth.shape) if sample_weight is None else _weighed(truth, sample_weight)[1]
-        weights = np.broadcast_to(weights, truth.shape).ravel()
-        below = np.searchsorted(self._limits, predicted.ravel(), side="left")
-        yes = truth.ravel().astype(bool)
-        for row, chosen in enumerate((yes, ~yes)):
-            self._counts[row] += np.bincount(below[chosen], weights[chosen], self._counts.shape[1])
 
     def result(self) -> float:
+        self._counts, self._limits = _read(self._counts), _read(self._limits)
+        self._check(_read(self._outside))
         # Predicted "yes" at threshold i: everything above it.
         above = self._counts[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
         tp, fp = above
@@ -687,8 +716,21 @@ def resolve(identifier: Any, loss: Loss | None, y_true: np.ndarray, y_pred: np.n
     return metric
 
 
-def _array(x: Any) -> np.ndarray:
-    return x.data if isinstance(x, Tensor) else np.asarray(x)
+def _array(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else adopt(x)
+
+
+def _sum(a: Any) -> Any:
+    """The sum of all elements in float64; that of a device's array stays there until it is read."""
+    total = a.sum(dtype=np.float64)
+    return float(total) if type(a) is np.ndarray else total
+
+
+def _read(state: Any) -> Any:
+    """A sum, or an array of them, on the host."""
+    if place_of(state) is None:
+        return state
+    return state.item() if not state.ndim else to_numpy(state)
 
 
 def _tensor(x: Any) -> Tensor:
@@ -704,7 +746,7 @@ def _divide(a: np.ndarray, b: Any) -> np.ndarray:
 def _weighed(values: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray]:
     """Values and weights of one shape; values are averaged over axes that the weights do not have (as in
     Keras)."""
-    weights = np.asarray(_array(sample_weight), np.float64)
+    weights = beside(_array(sample_weight), values, "sample_weight", np.float64)
     if weights.ndim == values.ndim + 1 and weights.shape[-1] == 1:
         weights = weights[..., 0]
     if weights.ndim > values.ndim or any(

@@ -1,7 +1,8 @@
 """The operations of a model: functions of Tensors (or arrays, or numbers) that give Tensors, with gradients.
 
-Element-wise work and reductions are NumPy calls (which a device's arrays answer with their own); products,
-recurrent sequences, losses and random masks go to the chosen backend. Operations with weights (`linear`,
+Element-wise work and reductions are NumPy calls (which a device's arrays answer with their own, by
+`__array_ufunc__` and `__array_function__`; what is made anew comes from `namespace(array)`); products, recurrent
+sequences, losses and random masks go to the chosen backend. Operations with weights (`linear`,
 `recurrent`, `embedding`, `layer_norm`) compute in the weights' dtype. Broadcasting needs no care in a
 gradient: the tape sums it away.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +34,9 @@ from numlstm.autograd import (
     apply,
     apply_joint,
     needs_gradient,
+    transfer,
 )
-from numlstm.backend import get_backend
+from numlstm.backend import backend_of, beside, get_backend, namespace, place_of, ranges
 from numlstm.kernels.int8 import Quantized
 from numlstm.kernels.reference_pointwise import erf as _erf
 from numlstm.kernels.reference_pointwise import sigmoid as _logistic
@@ -131,7 +134,30 @@ def _pair(a: TensorLike, b: TensorLike) -> tuple[Tensor, Tensor]:
             b = astype(b, a.dtype)
         elif q == "f":
             a = astype(a, b.dtype)
+    if type(a.data) is not type(b.data):
+        return _on_one_device(a, b)
     return a, b
+
+
+def _on_one_device(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two operands, of which a number becomes a plain scalar where the other is a device's array."""
+    places = place_of(a.data), place_of(b.data)
+    if places[0] == places[1]:  # a memmap, say
+        return a, b
+    if None in places:
+        host = a if places[0] is None else b
+        if not host.ndim:
+            scalar = stop_gradient(host)
+            scalar.data = host.data[()]
+            return (scalar, b) if host is a else (a, scalar)
+    raise ValueError(_two_places("b", b.data, a.data))
+
+
+def _two_places(name: str, x: Array, other: Array) -> str:
+    return (
+        f"{name}: an array of shape {x.shape} in the memory of {place_of(x) or 'the host (NumPy)'} came, expected one of "
+        f"{place_of(other) or 'the host (NumPy)'}, where the others are: arrays of two devices do not mix"
+    )
 
 
 def _number(x: TensorLike, other: TensorLike) -> Tensor:
@@ -147,7 +173,40 @@ def _number(x: TensorLike, other: TensorLike) -> Tensor:
 
 def _floating_pair(a: TensorLike, b: TensorLike) -> tuple[Tensor, Tensor]:
     a, b = _pair(a, b)
-    return _floating(a), _floating(b)
+    a, b = _floating(a), _floating(b)
+    return (a, b) if type(a.data) is type(b.data) else _on_one_device(a, b)
+
+
+def _serving(*operands: Tensor | None) -> tuple[Any, ...]:
+    """The backend to run on, and the operands where it works. In use around a call it may be another one than where the
+    arrays lie: then they go there, and their gradients come back."""
+    like = None
+    for t in operands:
+        if t is not None and (like is None or type(t.data) is not np.ndarray):
+            like = t.data
+    backend = get_backend(like=like)
+    if backend.xp is np and type(like) is np.ndarray:
+        return (backend, *operands)
+    return (backend, *(t if t is None else transfer(t, backend, "x") for t in operands))
+
+
+def _boolean(x: Any, like: Array, name: str) -> Array:
+    """A mask or condition, an array, a Tensor or a list, as a bool array where `like` lies."""
+    x = x.data if isinstance(x, Tensor) else x
+    return (
+        np.asarray(x, bool)
+        if type(like) is np.ndarray and place_of(x) is None
+        else beside(x, like, name, bool)
+    )
+
+
+def _constant(x: Any, dtype: Any, like: Array, name: str) -> Array:
+    """An array without a gradient in this dtype, where `like` lies."""
+    return (
+        np.asarray(x, dtype)
+        if type(like) is np.ndarray and place_of(x) is None
+        else beside(x, like, name, dtype)
+    )
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -227,7 +286,7 @@ def power(a: TensorLike, b: TensorLike) -> Tensor:
     y = u**v
 
     def base(dy: Array) -> Array:
-        lower = u ** np.where(v == 0, 1, v - 1)  # x**0 is flat, at 0 too, where 0 * 0**-1 would be NaN
+        lower = u ** np.where(v == 0, 1, v - 1)[()]  # x**0 is flat, at 0 too, where 0 * 0**-1 would be NaN
         return dy * v * lower
 
     return apply(y, (a, base), (b, lambda dy: dy * y * np.log(np.where(u > 0, u, 1))))
@@ -244,10 +303,10 @@ def matmul(a: TensorLike, b: TensorLike) -> Tensor:
         return squeeze(matmul(expand_dims(a, 0), b), -1 if b.ndim == 1 else -2)
     if b.ndim == 1:
         return squeeze(matmul(a, expand_dims(b, 1)), -1)
-    backend = get_backend(like=a.data)
+    backend, a, b = _serving(a, b)
     product = backend.matmul if a.ndim == b.ndim == 2 else backend.batched_matmul
     if a.dtype != b.dtype:
-        product = np.matmul
+        product = operator.matmul
     u, v = a.data, b.data
     return apply(
         product(u, v),
@@ -424,8 +483,8 @@ def minimum(a: TensorLike, b: TensorLike) -> Tensor:
 @_in_cells
 def where(condition: TensorLike, a: TensorLike, b: TensorLike) -> Tensor:
     """a where the condition holds, b elsewhere."""
-    chosen = np.asarray(condition.data if isinstance(condition, Tensor) else condition, bool)
     a, b = _pair(a, b)
+    chosen = _boolean(condition, b.data if type(a.data) is np.ndarray else a.data, "condition")
     return apply(
         np.where(chosen, a.data, b.data),
         (a, lambda dy: np.where(chosen, dy, 0)),
@@ -448,7 +507,9 @@ def softmax(x: TensorLike, axis: int = -1) -> Tensor:
     x = _floating(x)
     u = x.data
     if u.size and axis in (-1, u.ndim - 1):
-        rows, backend = _Rows(u), get_backend(like=u)
+        backend, x = _serving(x)
+        u = x.data
+        rows = _Rows(u)
         p = backend.softmax(rows.of(u))
         return apply(rows.home(p), (x, lambda dy: rows.home(backend.softmax_gradient(p, rows.of(dy)))))
     y = np.exp(u - u.max(axis=axis, keepdims=True))
@@ -540,9 +601,14 @@ def getitem(x: TensorLike, index: Any) -> Tensor:
     parts = index if isinstance(index, tuple) else (index,)
     basic = all(i is None or i is Ellipsis or isinstance(i, (int, np.integer, slice)) for i in parts)
     like = x.data
+    if not basic and type(like) is not np.ndarray:  # on a device indices lie there too
+        there = tuple(_index(i, like) for i in parts)
+        index = there if isinstance(index, tuple) else there[0]
 
     def vjp(dy: Array) -> Array:
-        dx = np.zeros(like.shape, dy.dtype)
+        if not basic and type(dy) is not np.ndarray:
+            return _scattered(like.shape, index, dy)
+        dx = namespace(dy).zeros(like.shape, dy.dtype)
         if basic:
             dx[index] = dy
         else:
@@ -550,6 +616,22 @@ def getitem(x: TensorLike, index: Any) -> Tensor:
         return dx
 
     return apply(x.data[index], (x, vjp))
+
+
+def _index(i: Any, like: Array) -> Any:
+    """An index of a device's array: integer and boolean arrays where it lies."""
+    if i is None or i is Ellipsis or isinstance(i, (int, np.integer, slice)):
+        return i
+    return beside(i, like, "index")
+
+
+def _scattered(shape: tuple[int, ...], index: Any, dy: Array) -> Array:
+    """Zeros of this shape with `dy` added at `index`, on a device: each sum in the order of `dy`, as atomic additions
+    would not have it."""
+    count = math.prod(shape)
+    places = namespace(dy).arange(count).reshape(shape)[index]
+    found = backend_of(dy).embedding_gradient(places.reshape(-1), dy.reshape(-1, 1), count)
+    return RowGradient(*found).dense().reshape(shape)
 
 
 def reshape(x: TensorLike, shape: int | Sequence[int]) -> Tensor:
@@ -587,6 +669,7 @@ def concatenate(xs: Sequence[TensorLike], axis: int = -1) -> Tensor:
     if not ts:
         raise ValueError("concatenate: an empty list came, expected at least one tensor")
     (axis,) = _axes(axis, ts[0].ndim)
+    _check_one_device("xs", ts)
     data = np.concatenate([t.data for t in ts], axis=axis)
     edges, start = [], 0
     for t in ts:
@@ -594,6 +677,13 @@ def concatenate(xs: Sequence[TensorLike], axis: int = -1) -> Tensor:
         edges.append((t, functools.partial(_part, (slice(None),) * axis + (slice(start, stop),))))
         start = stop
     return apply(data, *edges)
+
+
+def _check_one_device(name: str, ts: Sequence[Tensor]) -> None:
+    first = ts[0].data
+    for k, t in enumerate(ts):
+        if type(t.data) is not type(first) and place_of(t.data) != place_of(first):
+            raise ValueError(_two_places(f"{name}[{k}]", t.data, first))
 
 
 def _part(index: tuple[Any, ...], dy: Array) -> Array:
@@ -606,6 +696,7 @@ def stack(xs: Sequence[TensorLike], axis: int = 0) -> Tensor:
     if not ts:
         raise ValueError("stack: an empty list came, expected at least one tensor")
     (axis,) = _axes(axis, ts[0].ndim + 1)
+    _check_one_device("xs", ts)
     data = np.stack([t.data for t in ts], axis=axis)
     return apply(
         data, *((t, functools.partial(_part, (slice(None),) * axis + (k,))) for k, t in enumerate(ts))
@@ -717,6 +808,11 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
     w = w if quantized else _floating(w)
     weights = w.data
     x = astype(x, np.float32 if quantized else weights.dtype)
+    backend = get_backend(like=weights if type(weights) is not np.ndarray else x.data)
+    if backend.xp is not np or type(weights) is not np.ndarray or type(x.data) is not np.ndarray:
+        x, w = transfer(x, backend, "x"), transfer(w, backend, "w")
+        b = None if b is None else transfer(tensor(b), backend, "b")
+        weights = w.data
     u, offsets = x.data, None
     if weights.ndim != 2 or not u.ndim or u.shape[-1] != weights.shape[0]:
         raise ValueError(
@@ -727,7 +823,7 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
         offsets = b.data
         if offsets.shape != weights.shape[1:]:
             raise ValueError(f"linear: b of shape {b.shape} came, expected {w.shape[1:]}")
-    product = get_backend(like=weights).matmul
+    product = backend.matmul
     if quantized:
         _refuse_gradient(x, *(() if b is None else (b,)))
         weights = w.matrix
@@ -742,7 +838,8 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
         (w, lambda dy: product(u.T, of(dy))),
     ]
     if b is not None:
-        edges.append((b, lambda dy: np.add.reduce(of(dy), 0)))
+        here = type(u) is np.ndarray
+        edges.append((b, lambda dy: np.add.reduce(of(dy), 0) if here else of(dy).sum(axis=0)))
     return apply(y, *edges)
 
 
@@ -756,13 +853,16 @@ def embedding(table: TensorLike, ids: TensorLike) -> Tensor:
     (3, 2)
     """
     table = _floating(table)
+    backend, table = _serving(table)
     places = tensor(ids).data
+    if type(places) is not np.ndarray or type(table.data) is not np.ndarray:
+        places = beside(places, table.data, "ids")
     if places.dtype.kind not in "iu":
         raise ValueError(f"ids: dtype {places.dtype} came, expected integers")
     if table.ndim != 2:
         raise ValueError(f"table: shape {table.shape} came, expected (rows, features)")
     _check_range("ids", places, table.shape[0], "the table's rows")
-    backend, (count, width) = get_backend(like=table.data), table.shape
+    count, width = table.shape
     if places.ndim == 2:  # time-major, as `recurrent` reads it
         y = backend.embedding(table.data, places.T).swapaxes(0, 1)
     else:
@@ -777,7 +877,9 @@ def embedding(table: TensorLike, ids: TensorLike) -> Tensor:
 
 def _check_range(name: str, values: Array, count: int, what: str) -> None:
     if values.size:
-        low, high = int(values.min()), int(values.max())
+        low, high = ranges.bounds(values)
+        if low < 0 or high >= count:
+            low, high = ranges.exact(values)
         if low < 0 or high >= count:
             raise ValueError(
                 f"{name}: {low if low < 0 else high} came, expected 0 to {count - 1}: {what} number {count}"
@@ -801,7 +903,8 @@ def layer_norm(
             x = astype(x, p.dtype)
             if p.shape != x.shape[-1:]:
                 raise ValueError(f"layer_norm: {name} of shape {p.shape} came, expected {x.shape[-1:]}")
-    backend, rows = get_backend(like=x.data), _Rows(x.data)
+    backend, x, *given = _serving(x, *given)
+    rows = _Rows(x.data)
     y, residual = backend.layer_norm(rows.of(x.data), *(None if p is None else p.data for p in given), eps)
 
     def vjp(dy: Array) -> list[Array]:
@@ -837,6 +940,7 @@ def dropout(
         raise ValueError(f"shape: {of_mask} came for the mask, which does not broadcast to x's {x.shape}")
     if not rate:
         return x
+    _, x = _serving(x)
     mask = dropout_mask(of_mask, rate, x.dtype, seed=seed, like=x.data)
     return apply(x.data * mask, (x, lambda dy: dy * mask))
 
@@ -998,7 +1102,19 @@ class _Sequence:
         if projection is not None:
             projection = of_weights(projection, dtype)
             inputs.append(projection)
-        valid = None if mask is None else np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
+        backend = get_backend(like=kernel.data if type(kernel.data) is not np.ndarray else x.data)
+        if backend.xp is not np or type(kernel.data) is not np.ndarray or type(x.data) is not np.ndarray:
+            there = functools.partial(transfer, backend=backend)
+            x, kernel = there(x, name="x"), there(kernel, name="kernel")
+            recurrent_kernel = there(recurrent_kernel, name="recurrent_kernel")
+            bias = None if bias is None else there(bias, name="bias")
+            params = tuple(there(p, name="params") for p in params)
+            state = None if state is None else tuple(there(s, name="state") for s in state)
+            projection = None if projection is None else there(projection, name="projection")
+            self.kernel = kernel
+            given = (x, kernel, recurrent_kernel, bias, *params, *(state or ()), projection)
+            inputs = [t for t in given if t is not None]
+        valid = None if mask is None else _boolean(mask, x.data, "mask")
         _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)
 
         self.inputs = inputs
@@ -1024,9 +1140,11 @@ class _Sequence:
             "state": None if state is None else tuple([s.data for s in state]),
             "valid": valid,
             "training": self.recorded or bool(training) or self.watcher is not None,
-            "aux": tuple([np.asarray(a, dtype).swapaxes(0, 1) for a in aux]),
+            "aux": tuple([_constant(a, dtype, x.data, "aux").swapaxes(0, 1) for a in aux]),
             "recurrent_mask": (
-                None if recurrent_mask is None else np.asarray(recurrent_mask, dtype).swapaxes(0, 1)
+                None
+                if recurrent_mask is None
+                else _constant(recurrent_mask, dtype, x.data, "recurrent_mask").swapaxes(0, 1)
             ),
             "projection": None if projection is None else projection.data,
         }
@@ -1224,14 +1342,15 @@ def sparse_categorical_crossentropy(
     >>> sparse_categorical_crossentropy(np.array([0]), [[0.0, 0.0]], from_logits=True)
     Tensor([0.6931472], dtype=float32)
     """
-    predictions, right = _floating(predictions), tensor(labels).data
+    backend, predictions = _serving(_floating(predictions))
+    right = beside(tensor(labels).data, predictions.data, "labels")
     if not predictions.ndim or right.shape != predictions.shape[:-1]:
         raise ValueError(
             f"labels: shape {right.shape} came for predictions of shape {predictions.shape}, "
             f"expected {predictions.shape[:-1]}: one class number a row"
         )
     if right.dtype.kind not in "iu":
-        if right.dtype.kind != "f" or np.any(right != np.floor(right)):
+        if right.dtype.kind != "f" or (right != np.floor(right)).any():
             raise ValueError(
                 f"labels: expected class numbers, integers; dtype {right.dtype} came, or fractions"
             )
@@ -1240,7 +1359,6 @@ def sparse_categorical_crossentropy(
     if not from_logits:
         return _right_probability(predictions, right)
     rows = _Rows(predictions.data)
-    backend = get_backend(like=predictions.data)
     losses, residual = backend.softmax_cross_entropy(rows.of(predictions.data), rows.flat(right))
 
     def vjp(dy: Array) -> Array:
@@ -1254,7 +1372,7 @@ def _right_probability(predictions: Tensor, right: Array) -> Tensor:
     more than their gradient."""
     rows = _Rows(predictions.data)
     p, labels = rows.of(predictions.data), rows.flat(right)
-    at = np.arange(len(labels)), labels
+    at = namespace(p).arange(len(labels)), labels
     whole = p.sum(axis=-1)
     share = p[at] / whole
     held = np.clip(share, _TINY, 1 - _TINY)
@@ -1278,6 +1396,8 @@ def _matched(labels: TensorLike, predictions: TensorLike) -> tuple[Tensor, Tenso
     """Labels in the predictions' dtype, and the predictions; both must have one shape."""
     predictions = _floating(predictions)
     labels = astype(labels, predictions.dtype)
+    if type(labels.data) is not type(predictions.data):
+        labels = Tensor(beside(labels.data, predictions.data, "labels"))
     if labels.shape != predictions.shape:
         raise ValueError(f"labels: shape {labels.shape} came, expected the predictions' {predictions.shape}")
     return labels, predictions

@@ -13,7 +13,6 @@ import numpy as np
 
 from numlstm import ops, random
 from numlstm.autograd import Array, Tensor, TensorLike, apply, apply_joint
-from numlstm.backend import get_backend
 
 __all__ = ["additive_scores", "attend", "masked_softmax"]
 
@@ -53,15 +52,16 @@ def attend(
     query = ops._floating(query)
     key, value = ops.astype(key, query.dtype), ops.astype(value, query.dtype)
     shape = _check(query, key, value)
-    product = get_backend(like=query.data).batched_matmul
+    backend, query, key, value = ops._serving(query, key, value)
+    product = backend.batched_matmul
     k, v, factor = key.data, value.data, query.dtype.type(scale)
     q = query.data if scale == 1 else query.data * factor
-    weights = _softmax(product(q, k.swapaxes(-1, -2)), _fitting(mask, shape))
+    weights = _softmax(product(q, k.swapaxes(-1, -2)), _fitting(mask, shape, q))
     kept = None
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: {dropout!r} came, expected a number from 0 up to, not including, 1")
     if dropout:
-        kept = get_backend(like=query.data).dropout_mask(
+        kept = backend.dropout_mask(
             shape, dropout, random.seed() if seed is None else seed, random.next_stream(), query.dtype
         )
     used = weights if kept is None else weights * kept
@@ -102,7 +102,7 @@ def masked_softmax(scores: TensorLike, mask: Array | None = None) -> Tensor:
             [0. , 0. , 0. ]], dtype=float32)
     """
     scores = ops._floating(scores)
-    y = _softmax(scores.data.copy(), _fitting(mask, scores.shape))
+    y = _softmax(scores.data.copy(), _fitting(mask, scores.shape, scores.data))
     return apply(y, (scores, lambda dy: y * (dy - (dy * y).sum(axis=-1, keepdims=True))))
 
 
@@ -130,7 +130,8 @@ def additive_scores(query: TensorLike, key: TensorLike, weight: TensorLike) -> T
             f"additive_scores: query {query.shape}, key {key.shape} and weight {weight.shape} came, "
             f"expected (B, Tq, D), (B, Tv, D) and (D,)"
         )
-    product, w = get_backend(like=weight.data).matmul, weight.data
+    backend, weight, query, key = ops._serving(weight, query, key)
+    product, w = backend.matmul, weight.data
     t = np.tanh(query.data[:, :, None] + key.data[:, None])
     rows = t.reshape(-1, *D)
 
@@ -157,11 +158,11 @@ def _softmax(scores: Array, mask: Array | None) -> Array:
     return scores
 
 
-def _fitting(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """The mask as a bool array that broadcasts to `shape`."""
+def _fitting(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
+    """The mask as a bool array that broadcasts to `shape`, where `like` lies."""
     if mask is None:
         return None
-    mask = np.asarray(mask.data if isinstance(mask, Tensor) else mask, bool)
+    mask = ops._boolean(mask, like, "mask")
     try:
         fits = np.broadcast_shapes(mask.shape, shape) == shape
     except ValueError:

@@ -15,7 +15,7 @@ import numpy as np
 
 from numlstm import schedules
 from numlstm.autograd import RowGradient, Variable
-from numlstm.backend import get_backend
+from numlstm.backend import backend_of, beside, get_backend, place_of, to_numpy
 from numlstm.registry import Configurable, Registry, serialize
 from numlstm.schedules import LearningRateSchedule
 
@@ -131,6 +131,17 @@ class Optimizer(Configurable):
         """
         if len(gradients) != len(variables):
             raise ValueError(f"gradients: got {len(gradients)} for {len(variables)} variables")
+        backend = get_backend()
+        if not variables or (backend.xp is np and type(variables[0].data) is np.ndarray):
+            self._step(backend, gradients, variables)
+            return
+        if place_of(variables[0].data) != backend.place:  # a step by hand, outside of what chose the backend
+            backend = backend_of(variables[0].data)
+        with backend.current():
+            self._step(backend, gradients, variables)
+
+    def _step(self, backend: Any, gradients: Sequence[Any], variables: Sequence[Variable]) -> None:
+        """`apply`, on the backend of the variables' device."""
         if len(variables) != len(self._plan) or any(
             v is not p[0] or v.data is not seen
             for v, p, seen in zip(variables, self._plan, self._seen, strict=True)
@@ -144,14 +155,14 @@ class Optimizer(Configurable):
         if self.global_clipnorm is not None or self.clipnorm is not None or self.clipvalue is not None:
             gradients = self._clip(gradients)
         rate = self.learning_rate
-        self._update(get_backend(), gradients, rate, rate * self.weight_decay if self.weight_decay else 0.0)
+        self._update(backend, gradients, rate, rate * self.weight_decay if self.weight_decay else 0.0)
+        self.iterations += 1
         for gradient, variable in zip(gradients, variables, strict=True):
             if gradient is not None:
                 variable.writable()  # counts the change
         for k in self._constrained:
             if gradients[k] is not None:
                 variables[k].assign(variables[k].constraint(variables[k].data))
-        self.iterations += 1
 
     def _update(self, backend: Any, gradients: Sequence[Any], rate: float, decay: float) -> None:
         """Change the variables of `_plan` in place; `decay` is learning rate times weight decay."""
@@ -198,13 +209,19 @@ class Optimizer(Configurable):
         for variable in variables:
             place = self._place.get(id(variable))
             if place is None:
-                place = self._place[id(variable)] = len(self._variables)
+                place = len(self._variables)
+                slots = tuple(self._new_slot(place, n, variable) for n in self.slot_names)
+                self._slots.append(slots)  # memory for them was there: nothing is left half done
                 self._variables.append(variable)
-                self._slots.append(tuple(self._new_slot(place, n, variable) for n in self.slot_names))
+                self._place[id(variable)] = place
+                for n in self.slot_names:
+                    self._loaded.pop(f"{place}.{n}", None)
             elif any(
-                s.dtype != variable.dtype for s in self._slots[place]
-            ):  # the model changed its precision
-                self._slots[place] = tuple(s.astype(variable.dtype) for s in self._slots[place])
+                s.dtype != variable.dtype or type(s) is not type(variable.data) for s in self._slots[place]
+            ):
+                # The model changed its precision, or moved to or from a device.
+                moved = [s if type(s) is type(variable.data) else to_numpy(s) for s in self._slots[place]]
+                self._slots[place] = tuple(beside(s, variable.data, "slot", variable.dtype) for s in moved)
             plan.append((variable, variable.writable(), self._slots[place], self._decays(variable)))
         self._plan, self._seen, self._updates_by = plan, [v.data for v in variables], None
         self._constrained = [k for k, v in enumerate(variables) if v.constraint is not None]
@@ -214,7 +231,7 @@ class Optimizer(Configurable):
         return not named and not any(variable is v for v in self._excluded)
 
     def _new_slot(self, place: int, slot: str, variable: Variable) -> Array:
-        loaded = self._loaded.pop(f"{place}.{slot}", None)
+        loaded = self._loaded.get(f"{place}.{slot}")
         if loaded is None:
             return np.zeros_like(variable.data)
         if loaded.shape != variable.shape:
@@ -222,7 +239,7 @@ class Optimizer(Configurable):
                 f"optimizer state: {slot} number {place} has shape {loaded.shape}, "
                 f"but variable {variable.name!r} has {variable.shape}"
             )
-        return loaded.astype(variable.dtype)
+        return beside(loaded.astype(variable.dtype), variable.data, "optimizer state")
 
     # Clipping
     def _clip(self, gradients: Sequence[Array | RowGradient | None]) -> Sequence[Array | RowGradient | None]:
@@ -257,7 +274,7 @@ class Optimizer(Configurable):
         `slots` is JSON-able; `learning_rate` is None where a schedule decides it. Arrays are copies.
         """
         slots = {
-            f"{place}.{name}": array.copy()
+            f"{place}.{name}": np.array(to_numpy(array))
             for place, arrays in enumerate(self._slots)
             for name, array in zip(self.slot_names, arrays, strict=True)
         }
@@ -286,7 +303,7 @@ class Optimizer(Configurable):
                         f"optimizer state: {place}.{name} is {loaded.shape}, expected {array.shape}"
                     )
                 else:
-                    array[...] = loaded
+                    array[...] = beside(loaded, array, "optimizer state")
         self._loaded = {name: np.array(array) for name, array in slots.items()}
         self.iterations = int(state["iterations"])
         if state.get("learning_rate") is not None and self._schedule is None:
@@ -488,13 +505,18 @@ def _fraction(name: str, value: float, *, open_end: bool = False) -> float:
     return float(value)
 
 
-def _norm(gradients: Sequence[Array]) -> float:
-    """The Euclidean norm over all `gradients`.
+def _norm(gradients: Sequence[Array]) -> Any:
+    """The Euclidean norm over all `gradients`; on a device a number there, for which nobody waits.
 
     NumPy's pairwise sum is used, not a BLAS dot product, whose result may depend on the number of threads.
     Squares that leave float32's range are summed again in float64, so that a large but finite gradient is
     clipped, not lost.
     """
+    if gradients and type(gradients[0]) is not np.ndarray:
+        squares = 0.0
+        for g in gradients:
+            squares = squares + np.square(g.astype(np.float64)).sum()
+        return np.sqrt(squares)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = math.fsum(float(np.square(g).sum()) for g in gradients) if gradients else 0.0
     if not math.isfinite(squares):
@@ -502,8 +524,11 @@ def _norm(gradients: Sequence[Array]) -> float:
     return math.sqrt(squares)
 
 
-def _shrink(gradient: Array, limit: float, norm: float) -> None:
+def _shrink(gradient: Array, limit: float, norm: Any) -> None:
     """Scale `gradient`, in place, so that a `norm` above `limit` becomes `limit`. An infinite one stays as
     it is."""
-    if limit < norm < math.inf:
+    if not isinstance(norm, float):
+        above = (norm > limit) & np.isfinite(norm)
+        gradient *= np.where(above, limit / np.where(above, norm, 1.0), 1.0).astype(gradient.dtype)
+    elif limit < norm < math.inf:
         gradient *= gradient.dtype.type(limit / norm)

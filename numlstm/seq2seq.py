@@ -17,6 +17,7 @@ import numpy as np
 
 from numlstm import losses, ops, random
 from numlstm.autograd import Tensor
+from numlstm.backend import beside
 from numlstm.callbacks import History
 from numlstm.data.batches import Batch, Batches, pad
 from numlstm.layers import LSTM, Attention, Dense, Dropout, Embedding
@@ -36,7 +37,9 @@ class _Memory(NamedTuple):
     mask: np.ndarray | None
 
     def rows(self, index: np.ndarray) -> _Memory:
-        return _Memory(self.outputs[index], None if self.mask is None else self.mask[index])
+        if self.mask is None:
+            return _Memory(self.outputs[index], None)
+        return _Memory(self.outputs[index], self.mask[beside(index, self.mask, "index")])
 
 
 class _State(NamedTuple):
@@ -174,7 +177,7 @@ class Seq2Seq(Model):
             back, back_h, back_c = self.backward_encoder(embedded, mask=mask)
             outputs = ops.concatenate([outputs, ops.flip(back, axis=1)])
             h, c = ops.concatenate([h, back_h]), ops.concatenate([c, back_c])
-        return _Memory(outputs, mask), _State(h, c, Tensor(np.zeros(h.shape, self.dtype)))
+        return _Memory(outputs, mask), _State(h, c, Tensor(np.zeros_like(h.data)))
 
     def step(self, ids: np.ndarray, state: _State, memory: _Memory) -> tuple[np.ndarray, _State]:
         """One step of decoding: from the last tokens (batch,) to logits (batch, target_vocabulary)."""

@@ -16,10 +16,10 @@ import numpy as np
 
 from numlstm import activations
 from numlstm.autograd import QuantizedVariable, Tensor, Variable, latest_change
-from numlstm.backend import IN_PRECISION, chosen_backend, get_backend
+from numlstm.backend import IN_PRECISION, adopt, beside, chosen_backend, get_backend, moved, to_numpy
 from numlstm.kernels import cells
 from numlstm.kernels import stream as native
-from numlstm.layers.base import Layer, positive, to_tensor
+from numlstm.layers.base import Layer, brought, positive, to_tensor
 from numlstm.layers.bidirectional import Bidirectional
 from numlstm.layers.core import (
     Activation,
@@ -55,7 +55,8 @@ class Stream:
 
     Weights that change (`assign`, `set_weights`, training) are noticed at the next step and packed again. The
     backend is that of `compile`, or the one in use when the stream is made; a `with nl.use_backend(...)` around a
-    step counts too. A stream serves one thread at a time.
+    step counts too. On a device the layers are called one by one, and each output is read back: for a step of a few
+    rows the CPU's native call is faster. A stream serves one thread at a time.
 
     Arguments:
         model: a built Sequential.
@@ -176,12 +177,12 @@ class Stream:
         index: Any = slice(None) if rows is None else checked_rows(rows, self.batch_size)
         for states in self._states.values():
             for state in states:
-                state[index] = 0
+                state[beside(index, state, "rows") if isinstance(index, np.ndarray) else index] = 0
 
     @property
     def states(self) -> list[tuple[np.ndarray, ...]]:
         """Copies of the states (batch, units) of each recurrent layer, to be put back with `set_states`."""
-        return [tuple(s.copy() for s in states) for states in self._states.values()]
+        return [tuple(np.array(to_numpy(s)) for s in states) for states in self._states.values()]
 
     def set_states(self, states: list[tuple[np.ndarray, ...]]) -> None:
         """Go on from states that another stream (or this one, earlier) had. Raises ValueError on a misfit."""
@@ -190,7 +191,7 @@ class Stream:
             raise ValueError("states: expected what `states` of a stream of this model and batch size gave")
         for group, values in zip(mine, states, strict=True):
             for state, value in zip(group, values, strict=True):
-                state[...] = value
+                state[...] = beside(value, state, "states")
 
     # Arranging
 
@@ -205,7 +206,13 @@ class Stream:
         weights = [
             [(v, v.version) for v in layer.weights] for layer in self._layers
         ]  # before they are packed
+        if backend.xp is np:
+            self._model.move(backend)
         self._backend = backend
+        self._states = {
+            k: tuple(moved(to_numpy(s), backend, "states") for s in states)
+            for k, states in self._states.items()
+        }
         self._parts = list(self._cut_up(backend))
         self._packed = [
             w for part in self._parts if part.stack is not None for k in part.layers for w in weights[k]
@@ -251,6 +258,8 @@ class Stream:
         """A layer as the steps of a native call, or why it is none."""
         layer, rank = self._layers[k], 3 if k < self._cut else 2
         shape = layer.build_shape
+        if self._backend.xp is not np:
+            return f"the backend {self._backend.name!r} has no stepping kernels"
         if layer.dtype != "float32":
             return f"its dtype is {layer.dtype}, the kernels' is float32"
         if isinstance(layer, Embedding):
@@ -288,6 +297,8 @@ class Stream:
     def _step_by_parts(self, x: np.ndarray) -> np.ndarray:
         y = to_tensor(x[:, None], self._layers[0].dtype, "x", keeps_integers=True)
         with self._model._running(None):
+            self._model.move(self._backend)
+            y = brought(y, self._backend, "x")
             for part in self._parts:
                 k = part.layers[0]
                 if part.stack is not None:
@@ -317,7 +328,7 @@ class Stream:
         layer.check_input(x)
         outputs, final, _ = layer.run(x, tuple(Tensor(s) for s in self._states[k]), x.mask)
         for state, value in zip(self._states[k], final, strict=True):
-            state[...] = value.numpy()
+            state[...] = value.data
         if not layer.return_sequences:
             return final[0]
         outputs = layer.shown(outputs, x.mask)
@@ -325,7 +336,7 @@ class Stream:
         return outputs
 
     def _checked(self, x: Any) -> np.ndarray:
-        array, rank = np.asarray(x), 1 if self._takes_ids else 2
+        array, rank = to_numpy(adopt(x)), 1 if self._takes_ids else 2
         if self.batch_size == 1 and array.ndim == rank - 1:
             array = array[None]
         if array.ndim != rank or array.shape[0] != self.batch_size:

@@ -16,16 +16,24 @@ import numpy as np
 
 from numlstm import losses, metrics, optimizers, random
 from numlstm.autograd import GradientTape, QuantizedVariable, Tensor, Variable
-from numlstm.backend import get_backend, use_backend
+from numlstm.backend import (
+    PRECISIONS,
+    beside,
+    get_backend,
+    namespace,
+    place_of,
+    to_numpy,
+    use_backend,
+)
 from numlstm.callbacks import Callback, CallbackList, History
-from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches
+from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches, placed
 from numlstm.progress import Silent, progress
 from numlstm.registry import serialize
 
 __all__ = ["Trainer"]
 
-_PRECISIONS = ("float32", "bfloat16", "float64")
-_LATER = ("tf32",)
+_PRECISIONS = (*PRECISIONS, "float64")
+_HELD = 64 * 2**20  # bytes of predictions that wait on a device before they are read back together
 
 
 class _Settings(NamedTuple):
@@ -45,7 +53,7 @@ class _Settings(NamedTuple):
     @property
     def products(self) -> str | None:
         """The backend's precision, that of the products' operands; None leaves the choice to `use_backend` around a call."""
-        return "bfloat16" if self.precision == "bfloat16" else None
+        return None if self.precision in ("float32", "float64") else self.precision
 
 
 class Trainer:
@@ -77,9 +85,10 @@ class Trainer:
                 sample and class weights.
             precision: "float32"; "bfloat16": products of matrices (in recurrent and dense layers, `ops.matmul`) take
                 operands rounded to bfloat16, in training and in `predict`, while their sums, gates, states, weights and
-                batched products (attention's) stay float32; for inference alone see `use_backend`; or "float64" (in
-                NumPy, on the reference backend).
-            backend, strict: where to run, as in `use_backend`.
+                batched products (attention's) stay float32; for inference alone see `use_backend`; or "float64", weights
+                and data too (on the CPU by NumPy's kernels: `explain` says so, `strict` refuses it).
+            backend, strict: where to run, as in `use_backend`; None: where the data lie, or what is in use. On a device
+                weights stay there between calls, and figures are read back when somebody looks at them.
 
         Raises ValueError for unknown names and options, RuntimeError for a backend that can't be used here.
 
@@ -91,12 +100,11 @@ class Trainer:
         ['loss', 'mae']
         """
         if precision not in _PRECISIONS:
-            what = "is not available yet" if precision in _LATER else "is not known"
-            raise ValueError(f"precision: {precision!r} {what}; expected {' or '.join(_PRECISIONS)}")
-        if backend is None and precision == "float64":
-            backend = "reference"
-        if backend is not None:
-            get_backend(backend)  # raises now rather than in the first step
+            raise ValueError(f"precision: {precision!r} is not known; expected {' or '.join(_PRECISIONS)}")
+        if backend is not None:  # raises now rather than in the first step
+            products = None if precision in ("float32", "float64") else precision
+            with use_backend(backend, precision=products):
+                pass
         new_optimizer, new_loss = optimizers.get(optimizer), losses.get(loss)
         if new_loss is not None and new_loss.reduction in (None, "none"):
             raise ValueError(f"loss: {new_loss.name} has no reduction; training needs one number a batch")
@@ -152,7 +160,8 @@ class Trainer:
         lengths: Any = None,
         bptt_steps: int | None = None,
     ) -> History:
-        """Train for `epochs` passes over the data.
+        """Train for `epochs` passes over the data. On a device arrays are copied there once, if they take no more than
+        half of its free memory, and else batch by batch, as memmaps, unequal sequences and sources always are.
 
         Arguments:
             x: array or np.memmap (batch, time, ...), a list of sequences of unequal length, or a source of
@@ -205,7 +214,9 @@ class Trainer:
         watchers = CallbackList([*_callback_list(callbacks), self.history], self, params)
         display = progress(verbose)
         try:
-            with self._running(chunk):
+            with self._running(chunk, data):
+                feed.go_on()
+                loop.go_on()
                 self._build_for(feed)
                 loop.run(epochs, initial_epoch, watchers, display, validation_freq)
         finally:
@@ -256,7 +267,8 @@ class Trainer:
         watchers = CallbackList(_callback_list(callbacks), self, {"steps": feed.steps, "verbose": verbose})
         display = progress(verbose)
         try:
-            with self._running(chunk):
+            with self._running(chunk, data):
+                feed.go_on()
                 logs = _test(self, feed, _Figures(self), watchers, display)
         finally:
             display.close()
@@ -276,9 +288,9 @@ class Trainer:
     ) -> Any:
         """The outputs for data, which come in the forms that `fit` takes; targets in a source are left aside.
 
-        Returns an array, or for a model with several outputs a list of arrays; for a list of unequal
-        sequences and a model that gives sequences, a list of arrays of their lengths. Dropout and the like
-        are off.
+        Returns an array, on the device that `x` lies on (NumPy for NumPy, CuPy for CuPy and for GPU arrays of torch
+        and JAX), or for a model with several outputs a list of arrays; for a list of unequal sequences and a model
+        that gives sequences, a list of arrays of their lengths. Dropout and the like are off.
 
         Raises ValueError for data that do not fit.
 
@@ -292,7 +304,8 @@ class Trainer:
         watchers = CallbackList(_callback_list(callbacks), self, {"steps": feed.steps, "verbose": verbose})
         display = progress(verbose, quiet_off_terminal=True)
         try:
-            with self._running(chunk):
+            with self._running(chunk, data):
+                feed.go_on()
                 return _predict(self, feed, watchers, display)
         finally:
             display.close()
@@ -325,7 +338,8 @@ class Trainer:
         self._need_float_weights("train_on_batch")
         batch = self._one_batch(x, y, sample_weight, mask, lengths)
         figures = _Figures(self, _class_table(class_weight, self.loss))
-        with self._running(None):
+        with self._running(None, batch.x):
+            batch = self._on_device(batch)
             if not self.built:
                 self._build(batch)
             _TrainStep(self, figures)(batch)
@@ -344,8 +358,9 @@ class Trainer:
         """The loss and metrics of one batch, without training. Returns and raises as `train_on_batch`."""
         self._need_compiled("test_on_batch")
         figures = _Figures(self)
-        with self._running(None):
-            _test_step(self, self._one_batch(x, y, sample_weight, mask, lengths), figures)
+        batch = self._one_batch(x, y, sample_weight, mask, lengths)
+        with self._running(None, batch.x):
+            _test_step(self, self._on_device(batch), figures)
         return _results(figures.logs(), return_dict)
 
     def loss_and_gradients(
@@ -379,7 +394,8 @@ class Trainer:
         self._need_compiled("loss_and_gradients")
         self._need_float_weights("loss_and_gradients")
         batch = self._one_batch(x, y, sample_weight, mask, lengths)
-        with self._running(None):
+        with self._running(None, batch.x):
+            batch = self._on_device(batch)
             if not self.built:
                 self._build(batch)
             with GradientTape() as tape:
@@ -393,10 +409,11 @@ class Trainer:
     def predict_on_batch(self, x: Any, *, mask: Any = None, lengths: Any = None) -> Any:
         """The outputs for one batch: an array, or a list of arrays for a model with several outputs."""
         batch = self._one_batch(x, None, None, mask, lengths)
-        with self._running(None):
-            out = self(batch.x, training=False, mask=batch.mask)
-        several = isinstance(out, (list, tuple))
-        arrays = [np.ascontiguousarray(o.numpy()) for o in (out if several else [out])]
+        with self._running(None, batch.x):
+            there = self._on_device(batch)
+            out = self(there.x, training=False, mask=there.mask)
+            several, like = isinstance(out, (list, tuple)), _first(batch.x)
+            arrays = [_given_back(o.data, like) for o in (out if several else [out])]
         return arrays if several else arrays[0]
 
     def _one_batch(self, x: Any, y: Any, sample_weight: Any, mask: Any, lengths: Any) -> Batch:
@@ -432,8 +449,9 @@ class Trainer:
             )
 
     @contextmanager
-    def _running(self, chunk: int | None) -> Iterator[None]:
-        """The backend that `compile` chose; with `chunk`, recurrent layers that hand their states on."""
+    def _running(self, chunk: int | None, data: Any = None) -> Iterator[None]:
+        """The backend that `compile` chose, else by where `data` lie; with `chunk`, recurrent layers that hand their
+        states on."""
         settings = self._settings
         how: dict[str, Any] = {"name": None}
         if settings is not None:
@@ -445,7 +463,7 @@ class Trainer:
                 f"bptt_steps: {backwards[0]} reads time from its end (go_backwards): its input can't be cut"
             )
         before = [(layer, layer.carry, layer.states) for layer in layers]
-        with use_backend(**how):
+        with use_backend(**how, like=_first(data)):
             try:
                 for layer in layers:
                     layer.carry = True
@@ -455,6 +473,11 @@ class Trainer:
                     layer.carry = carry
                     if not getattr(layer, "stateful", False):
                         layer.states = states
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """A batch where the backend in use works."""
+        backend = get_backend()
+        return batch if backend.xp is np and not _abroad(batch) else placed(batch, backend)
 
     def _gives_sequences(self) -> bool:
         """False when the last recurrent layer gives its last output only: then targets have no time axis."""
@@ -517,6 +540,17 @@ class _Feed:
         self.steps = self.limit or _steps(data, chunk)
         self._flow: Iterator[Batch] | None = None
         self._peeked: list[Batch] = []
+        self._backend: Any = (
+            None  # to which batches are copied one by one, in so far as they do not lie there
+        )
+        self.came_from = data.came_from
+
+    def go_on(self) -> None:
+        """The data go where the backend in use works: all at once if they fit, else batch by batch."""
+        backend = get_backend()
+        self.data = self.data.on(backend)
+        if backend.xp is not np or not isinstance(self.data, ArrayBatches):
+            self._backend = backend
 
     def _start(self) -> Iterator[Batch]:
         return self.data.epoch(shuffle=self.shuffle, chunk=self.chunk, timed=self.sequences)
@@ -525,9 +559,9 @@ class _Feed:
         """A batch to build the weights from; it is not lost."""
         if isinstance(self.data, ArrayBatches):
             first = self.data.part(slice(0, 1))
-            return next(first.epoch(chunk=self.chunk, timed=self.sequences))
+            return self._placed(next(first.epoch(chunk=self.chunk, timed=self.sequences)))
         self._flow = self._start()
-        batch = next(self._flow, None)
+        batch = self._next()
         if batch is None:
             raise ValueError(self._used_up(0, 0))
         self._peeked = [batch]
@@ -550,11 +584,24 @@ class _Feed:
 
     def _draw(self) -> Batch | None:
         """The next batch; with `steps_per_epoch`, data that end are begun anew (where that is possible)."""
-        batch = self._peeked.pop() if self._peeked else next(self._flow, None)
+        batch = self._peeked.pop() if self._peeked else self._next()
         if batch is None and self.limit is not None and self.repeat and not self.data.endless:
             self._flow = self._start()
-            batch = next(self._flow, None)
+            batch = self._next()
         return batch
+
+    def _next(self) -> Batch | None:
+        batch = next(self._flow, None)
+        return batch if batch is None else self._placed(batch)
+
+    def _placed(self, batch: Batch) -> Batch:
+        if self._backend is None:
+            return batch
+        if not isinstance(self.data, ArrayBatches):
+            self.came_from = place_of(_first(batch.x))
+            if self._backend.xp is np and not _abroad(batch):
+                return batch
+        return placed(batch, self._backend)
 
     def discard(self, epochs: int) -> None:
         """Draw from an iterator what these epochs were trained on before; other sources start anew."""
@@ -580,7 +627,8 @@ class _Figures:
         settings = model._settings
         self.specs = [(m, False) for m in settings.metrics] + [(m, True) for m in settings.weighted_metrics]
         self.metrics: list[tuple[metrics.Metric, bool, bool]] | None = None if self.specs else []
-        self.total = self.count = 0.0
+        self.total: Any = 0.0
+        self.count: Any = 0.0
         self._waiting: list[dict[str, Any]] | None = None  # states from a backup, until the metrics are known
 
     def reset(self) -> None:
@@ -598,6 +646,8 @@ class _Figures:
             return None, (None, None, y_pred.mask, batch.x.shape[0])
         if batch.y is None:
             raise ValueError(f"y: no targets came, but the loss {self.loss.name} needs them")
+        if self.class_table is not None:
+            self.class_table = beside(self.class_table, batch.y, "class_weight")
         weights = class_weights(batch.y, batch.sample_weight, self.class_table, self.loss.labels)
         values = self.loss.call(batch.y, y_pred)
         mask = self.loss.valid(batch.y, y_pred.mask)
@@ -606,16 +656,25 @@ class _Figures:
         elif mask is None:
             amount = values.size
         else:
-            mask = np.asarray(mask)
-            amount = float(np.count_nonzero(mask)) * (values.size / mask.size)
+            mask = beside(mask, values.data, "mask")
+            share = values.size / mask.size
+            amount = (
+                float(np.count_nonzero(mask)) * share
+                if type(mask) is np.ndarray
+                else np.count_nonzero(mask) * share
+            )
         return self.loss.reduce(values, weights, mask), (values, weights, mask, amount)
 
-    def add(self, loss: float, batch: Batch, y_pred: Tensor, parts: Any) -> None:
-        """Take in a batch: its loss, and what `objective` gave beside it."""
+    def add(self, loss: Any, batch: Batch, y_pred: Tensor, parts: Any) -> None:
+        """Take in a batch: its loss, a number or the array on a device that holds it, and what `objective` gave
+        beside it."""
         values, weights, mask, amount = parts
         # A batch of padding only has no loss: 0 times NaN must not spoil the sum.
-        if amount:
-            self.total += loss * amount
+        if type(loss) is not float and not isinstance(amount, (int, float)):
+            loss = np.where(amount == 0, 0.0, loss.astype(np.float64) * amount)
+            self.total, self.count = self.total + loss, self.count + amount
+        elif amount:
+            self.total += loss * amount if type(loss) is float else loss.astype(np.float64) * amount
             self.count += amount
         if self.metrics is None:
             self._resolve(batch, y_pred.data)
@@ -639,13 +698,19 @@ class _Figures:
         for (metric, _, _), state in zip(self.metrics, self._waiting or (), strict=False):
             metric.set_state(state)
 
+    def _read(self) -> None:
+        """The sums as numbers: on a device this is where one waits for it."""
+        self.total, self.count = (s.item() if hasattr(s, "item") else s for s in (self.total, self.count))
+
     def logs(self) -> dict[str, Any]:
+        self._read()
         figures: dict[str, Any] = {"loss": self.total / self.count if self.count else 0.0}
         for metric, _, _ in self.metrics or ():
             figures[_free_name(metric.name, figures)] = metric.result()
         return figures
 
     def get_state(self) -> dict[str, Any]:
+        self._read()
         return {
             "total": self.total,
             "count": self.count,
@@ -668,17 +733,45 @@ class _TrainStep:
         self.penalties = _Penalties(model, self.variables)
 
     def __call__(self, batch: Batch) -> None:
-        model, figures = self.model, self.figures
-        if (
-            not batch.last and not batch.timed
-        ):  # only the last piece has a target: run on, and remember the states
-            model(batch.x, training=True, mask=batch.mask)
-            return
-        with GradientTape() as tape:
-            y_pred = model(batch.x, training=True, mask=batch.mask)
-            total, parts = _objective(figures, self.penalties, batch, y_pred)
-        self.optimizer.apply(tape.gradient(total, self.variables, rows=True), self.variables)
-        figures.add(total.item(), batch, y_pred, parts)
+        """Take the step. When memory runs out the weights are as they were before it, or as they should be after it.
+
+        Raises:
+            MemoryError: it says what the sizes are, and what to try.
+        """
+        try:
+            model, figures = self.model, self.figures
+            if (
+                not batch.last and not batch.timed
+            ):  # only the last piece has a target: run on, and remember the states
+                model(batch.x, training=True, mask=batch.mask)
+                return
+            with GradientTape() as tape:
+                y_pred = model(batch.x, training=True, mask=batch.mask)
+                total, parts = _objective(figures, self.penalties, batch, y_pred)
+            self.optimizer.apply(tape.gradient(total, self.variables, rows=True), self.variables)
+            figures.add(_figure(total.data), batch, y_pred, parts)
+        except MemoryError as error:
+            raise MemoryError(_too_large(self.model, batch, error)) from error
+
+
+def _figure(total: Any) -> Any:
+    """A loss as a number; on a device as it is, so that nobody waits for it."""
+    return total.item() if type(total) is np.ndarray else total
+
+
+def _too_large(model: Trainer, batch: Batch, error: MemoryError) -> str:
+    backend, shapes = (
+        get_backend(),
+        [tuple(a.shape) for a in (batch.x if isinstance(batch.x, list) else [batch.x])],
+    )
+    weights = sum(v.data.nbytes for v in model.weights)
+    room = backend.room()
+    free = "" if room is None else f"; {room / 2**20:,.0f} MiB are free on {backend.name}"
+    return (
+        f"a training step ran out of memory ({error}): a batch of shape {', '.join(map(str, shapes))}, weights of "
+        f"{weights / 2**20:,.1f} MiB and the optimizer's as much again for each slot{free}. The model can still be used. "
+        f"Try a smaller batch_size, bptt_steps for long sequences, remat_steps in recurrent layers, or backend='cpu'"
+    )
 
 
 def _objective(figures: _Figures, penalties: "_Penalties", batch: Batch, y_pred: Any) -> tuple[Tensor, Any]:
@@ -725,6 +818,14 @@ class _Loop:
         self.validation_steps = validation_steps
         self.validation_figures = None if validation is None else _Figures(model)
         self.resume: tuple[int, int, dict[str, int], Mapping[str, Any] | None] | None = None
+
+    def go_on(self) -> None:
+        """The validation data go where the backend in use works, once for all evaluations."""
+        if self.validation is not None:
+            try:
+                self.validation = self.validation.on(get_backend())
+            except ValueError as error:
+                raise ValueError(f"validation_data: {error}") from error
 
     def run(
         self,
@@ -797,6 +898,7 @@ class _Loop:
             layer.states = None
         try:
             feed = _Feed(self.validation, self.validation_steps, self.feed.chunk, self.feed.sequences)
+            feed.go_on()
             return _test(self.model, feed, self.validation_figures, watchers, Silent())
         except ValueError as error:
             raise ValueError(f"validation_data: {error}") from error
@@ -833,9 +935,9 @@ def _test_step(model: Trainer, batch: Batch, figures: _Figures) -> None:
     if not batch.last and not batch.timed:
         return
     total, parts = figures.objective(batch, y_pred)
-    loss = 0.0 if total is None else total.item()
+    loss = 0.0 if total is None else _figure(total.data)
     for penalty in model.regularization_losses():
-        loss += penalty.item()
+        loss = loss + _figure(penalty.data)
     figures.add(loss, batch, y_pred, parts)
 
 
@@ -846,7 +948,7 @@ def _predict(model: Trainer, feed: _Feed, watchers: CallbackList, display: Silen
     display.begin("", feed.steps)
     rows: list[list[np.ndarray]] = []  # of each batch, one array an output
     pieces: list[list[np.ndarray]] = []  # of the batch in progress, cut along time
-    several = False
+    several, waiting = False, 0
     for done, batch in enumerate(feed.epoch(), 1):
         if before is not None:
             before(done - 1, {})
@@ -855,21 +957,81 @@ def _predict(model: Trainer, feed: _Feed, watchers: CallbackList, display: Silen
         out = model(batch.x, training=False, mask=batch.mask)
         several = isinstance(out, (list, tuple))
         # Contiguous: outputs may be views of the larger, time-major arrays of a kernel.
-        pieces.append([np.ascontiguousarray(o.numpy()) for o in (out if several else [out])])
+        pieces.append([_contiguous(o.data) for o in (out if several else [out])])
         if batch.last:
             rows.append(_join(pieces, batch, feed.sequences))
             pieces = []
+            if feed.came_from is None and type(rows[-1][0]) is not np.ndarray:
+                waiting += sum(a.nbytes for a in rows[-1])
+                if waiting > _HELD:
+                    rows, waiting = [[to_numpy(a) for a in row] for row in rows], 0
         display.step(done, dict)
         if after is not None:
-            after(done - 1, {"outputs": pieces[-1] if pieces else rows[-1]})
+            shown = pieces[-1] if pieces else rows[-1]
+            after(done - 1, {"outputs": [a if feed.came_from is not None else to_numpy(a) for a in shown]})
     if pieces:
         raise ValueError(
             f"steps: {feed.limit} pieces of {feed.chunk} steps end within a batch; expected whole batches"
         )
     display.end({})
     watchers("on_predict_end", {})
-    outputs = [_stack(part, feed.data) for part in zip(*rows, strict=True)]
+    outputs = [_stack(_together(part, feed.came_from), feed.data) for part in zip(*rows, strict=True)]
     return outputs if several else outputs[0]
+
+
+def _together(parts: Sequence[Any], came_from: str | None) -> list[Any]:
+    """The outputs of all batches where the inputs lay: those that waited on a device are read back in one go."""
+    if came_from is not None:
+        return [_at_home(p, came_from) for p in parts]
+    if all(type(p) is np.ndarray for p in parts):
+        return list(parts)
+    waiting = [p for p in parts if type(p) is not np.ndarray]
+    flat = to_numpy(namespace(waiting[0]).concatenate([p.ravel() for p in waiting]))
+    read, start = [], 0
+    for p in parts:
+        if type(p) is np.ndarray:
+            read.append(p)
+        else:
+            read.append(flat[start : start + p.size].reshape(p.shape))
+            start += p.size
+    return read
+
+
+def _at_home(a: Any, came_from: str) -> Any:
+    return a if place_of(a) == came_from else get_backend(came_from).asarray(to_numpy(a))
+
+
+def _contiguous(a: Any) -> Any:
+    return (
+        np.ascontiguousarray(a) if type(a) is np.ndarray else a if a.flags.c_contiguous else a.copy(order="C")
+    )
+
+
+def _given_back(a: Any, like: Any) -> Any:
+    """An output on the device that the input came from."""
+    place = place_of(like)
+    return np.ascontiguousarray(to_numpy(a)) if place is None else _contiguous(_at_home(a, place))
+
+
+def _first(data: Any) -> Any:
+    """An array of the data, whose device counts where nothing else chooses a backend; None where there is none."""
+    if isinstance(data, ArrayBatches):
+        return getattr(data.x, "array", None)
+    if isinstance(data, (list, tuple)):
+        return data[0]
+    return None if isinstance(data, Batches) else data
+
+
+def _abroad(batch: Batch) -> bool:
+    """Is something of the batch on a device?"""
+    for a in batch[:4]:
+        if (
+            a is not None
+            and type(a) is not np.ndarray
+            and any(map(place_of, a if isinstance(a, list) else [a]))
+        ):
+            return True
+    return False
 
 
 def _join(pieces: list[list[np.ndarray]], last: Batch, sequences: bool) -> list[np.ndarray]:
@@ -968,8 +1130,7 @@ def _metric_weights(mask: Any, weights: Any) -> Any:
     """What a metric gets as sample weights: the mask, the weights, or both."""
     if mask is None or weights is None:
         return mask if weights is None else weights
-    mask = np.asarray(mask)
-    weights = np.asarray(weights)
+    weights = beside(weights, mask, "sample_weight")
     return mask * weights.reshape(weights.shape + (1,) * (mask.ndim - weights.ndim))
 
 

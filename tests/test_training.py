@@ -618,7 +618,6 @@ NAN[17, 3, 1] = np.nan
 @pytest.mark.parametrize(
     "act, words",
     [
-        (lambda m: m.compile(precision="tf32"), "precision: 'tf32' is not available yet"),
         (lambda m: m.compile(precision="half"), "precision: 'half' is not known"),
         (lambda m: m.compile(optimizer="adaam"), "unknown optimizer"),
         (lambda m: m.compile(loss="msee"), "unknown loss"),

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-from . import cuda
+from . import cuda, ranges
 from .base import IN_PRECISION, PRECISIONS, Backend, Kernel, lookup, register
 from .cpu import CpuBackend
 
@@ -26,14 +26,22 @@ __all__ = [
     "PRECISIONS",
     "Backend",
     "Kernel",
+    "adopt",
+    "backend_of",
     "backends",
+    "beside",
     "chosen_backend",
     "get_backend",
     "lookup",
+    "moved",
+    "namespace",
+    "place_of",
     "register",
     "to_numpy",
     "use_backend",
 ]
+
+Array = Any
 
 _CLASSES: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": Backend}
 _INSTANCES: dict[tuple[str, bool, str], Backend] = {}
@@ -84,8 +92,8 @@ def get_backend(name: str | None = None, *, like: Any = None) -> Backend:
     from_environment = os.environ.get("NUMLSTM_BACKEND")
     if from_environment:
         return _resolve(from_environment, "NUMLSTM_BACKEND")
-    if like is not None and type(like).__module__.partition(".")[0] == "cupy":
-        return _resolve("cuda", "an array on a CUDA device")
+    if like is not None and type(like) is not np.ndarray and (place := place_of(like)) is not None:
+        return _at(place)
     return _instance("cpu")
 
 
@@ -101,7 +109,7 @@ def chosen_backend() -> Backend | None:
 
 @contextmanager
 def use_backend(
-    name: str | None = "auto", strict: bool = False, precision: str | None = None
+    name: str | None = "auto", strict: bool = False, precision: str | None = None, *, like: Any = None
 ) -> Iterator[Backend]:
     """Run everything inside the `with` block on one backend; blocks nest, and threads do not see each
     other's. A block inside a strict one is strict.
@@ -112,6 +120,7 @@ def use_backend(
             NumPy.
         precision: of products of matrices (in recurrent and dense layers, `ops.matmul`): "float32", or "bfloat16"
             (operands rounded to 8 bits of mantissa, sums in float32); None keeps what is chosen already.
+        like: an array whose device counts where nothing else decides.
 
     Raises:
         ValueError, RuntimeError: as `get_backend`; ValueError also for an unknown precision.
@@ -125,10 +134,16 @@ def use_backend(
     if precision is None:
         precision = "float32" if outer is None else outer.precision
     how = {"strict": strict, "precision": precision}
-    backend = _instance(get_backend().name, **how) if name is None else _resolve(name, "backend", **how)
+    backend = (
+        _instance(get_backend(like=like).name, **how) if name is None else _resolve(name, "backend", **how)
+    )
     token = _CHOSEN.set(backend)
     try:
-        yield backend
+        if backend.xp is np:
+            yield backend
+        else:
+            with backend.current():
+                yield backend
     finally:
         _CHOSEN.reset(token)
 
@@ -142,6 +157,125 @@ def backends() -> dict[str, str | None]:
     return {"cpu": None, "cuda": cuda.unavailable(), "reference": None}
 
 
+# Arrays and where they lie. Host memory is NumPy's; every other place has the name of the backend that works there.
+
+# Arrays that are not NumPy's, by the package of their type.
+_PLACES: dict[str, Callable[[Any], str]] = {"cupy": lambda a: f"cuda:{a.device.id}"}
+_DLPACK = {2: "cuda", 13: "cuda"}  # its devices: kDLCUDA, kDLCUDAManaged
+_BY_PLACE: dict[str, Backend] = {}
+
+
+def place_of(a: Any) -> str | None:
+    """The backend in whose memory an array lies, such as "cuda:0"; None for host memory, and for what is no array.
+
+    >>> place_of(np.zeros(2)) is None
+    True
+    """
+    kind = type(a)
+    if kind is np.ndarray:
+        return None
+    named = _PLACES.get(kind.__module__.partition(".")[0])
+    return None if named is None else named(a)
+
+
+def _at(place: str) -> Backend:
+    backend = _BY_PLACE.get(place)
+    if backend is None:
+        backend = _BY_PLACE[place] = _resolve(place, f"an array of {place}")
+    return backend
+
+
+def backend_of(a: Any) -> Backend:
+    """The backend in whose memory an array lies; the CPU's for NumPy arrays.
+
+    >>> backend_of(np.zeros(2)).name
+    'cpu'
+    """
+    place = place_of(a)
+    return _instance("cpu") if place is None else _at(place)
+
+
+def namespace(a: Any) -> Any:
+    """The module whose functions make and take arrays like this one: NumPy, or its backend's `xp`.
+
+    >>> namespace(np.zeros(2)) is np
+    True
+    """
+    return np if type(a) is np.ndarray else backend_of(a).xp
+
+
+def adopt(a: Any) -> Array:
+    """An array of any library as one of ours: a torch or JAX array on a GPU where it lies, by DLPack without a copy;
+    everything else as a NumPy array.
+
+    >>> adopt([1.0, 2.0])
+    array([1., 2.])
+    """
+    if isinstance(a, np.ndarray) or place_of(a) is not None:
+        return a
+    if hasattr(a, "__dlpack_device__"):
+        kind, index = a.__dlpack_device__()
+        if kind in _DLPACK:
+            return _at(f"{_DLPACK[kind]}:{index}").asarray(a)
+    return np.asarray(a)
+
+
+def moved(a: Any, backend: Backend, name: str) -> Array:
+    """An array in the memory that `backend` works in; itself if it lies there. Arrays of the host go to every device,
+    and every device's to the host.
+
+    Arguments:
+        a: an array of ours.
+        backend: where to.
+        name: the argument it came as, for the error.
+
+    Raises:
+        ValueError: the array lies on another device.
+
+    >>> moved(np.ones(2), get_backend("cpu"), "x")
+    array([1., 1.])
+    """
+    place = place_of(a)
+    if place is None:
+        if backend.xp is np:
+            return a
+        there = backend.asarray(a)
+        if a.dtype.kind in "iu" and a.size:
+            ranges.remember(there, *ranges.bounds(np.asarray(a)))
+        return there
+    if backend.xp is np:
+        return to_numpy(a)
+    if place != backend.place:
+        raise ValueError(
+            f"{name}: an array in the memory of {place} came, expected one of {backend.place} (or of NumPy): "
+            f"arrays of two devices do not mix"
+        )
+    return a
+
+
+def beside(a: Any, other: Array, name: str, dtype: Any = None) -> Array:
+    """`a` in the memory in which `other` lies, and of this dtype if one is named; itself where it is so already.
+
+    Arguments:
+        a: an array of ours, a number, or a list of numbers.
+        other: an array of ours.
+        name: the argument that `a` came as, for the error.
+        dtype: to convert to.
+
+    Raises:
+        ValueError: both lie on devices, and not on the same.
+
+    >>> beside([1, 2], np.zeros(1), "mask", bool)
+    array([ True,  True])
+    """
+    if type(other) is np.ndarray and type(a) is np.ndarray:
+        return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+    a = moved(adopt(a), backend_of(other), name)
+    return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+
+
 def to_numpy(a: Any) -> np.ndarray:
     """An array of any device as a NumPy array."""
-    return a.get() if type(a).__module__.partition(".")[0] == "cupy" else np.asarray(a)
+    if type(a) is np.ndarray:
+        return a
+    return np.asarray(a) if place_of(a) is None else a.get()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,6 +158,12 @@ class Backend:
     name = "reference"
     device = "reference"
     xp = np
+    index = 0  # the device's number, where there can be several
+
+    @property
+    def place(self) -> str:
+        """The memory that its arrays lie in: "host" for NumPy's, else the device, "cuda:0" say."""
+        return "host" if self.xp is np else f"{self.device}:{self.index}"
 
     def __init__(self, *, strict: bool = False, precision: str = "float32") -> None:
         check_precision(precision)
@@ -195,6 +202,14 @@ class Backend:
     def to_numpy(self, a: Array) -> np.ndarray:
         """`a` as a NumPy array, without a copy where it is one already."""
         return np.asarray(a)
+
+    def room(self) -> int | None:
+        """How many bytes more its memory can take; None for the host's, to which nothing has to be copied."""
+        return None
+
+    def current(self) -> AbstractContextManager[Any]:
+        """A context in which arrays are made, and computed with, on its device."""
+        return nullcontext()
 
     # Recurrent sequences, time-major: the contract is in kernels/sequence.py
     def sequence_forward(

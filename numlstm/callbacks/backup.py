@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from numlstm import random
+from numlstm.backend import to_numpy
 from numlstm.callbacks.base import Callback, Logs, steps_or_epoch
 from numlstm.io.atomic import write_bytes
 
@@ -95,7 +96,7 @@ class BackupAndRestore(Callback):
         arrays = {f"weight.{i}": w for i, w in enumerate(model.get_weights())}
         arrays |= {f"optimizer.{name}": a for name, a in optimizer.pop("slots").items()}
         for i, layer in enumerate(model.recurrent_layers()):
-            arrays |= {f"state.{i}.{j}": s for j, s in enumerate(layer.states or ())}
+            arrays |= {f"state.{i}.{j}": to_numpy(s) for j, s in enumerate(layer.states or ())}
         companions = {
             name: _take_arrays(callback.get_state(), f"callback.{name}", arrays)
             for name, callback in self._companions_by_name().items()

@@ -221,7 +221,7 @@ class LearningRateScheduler(Callback):
 
 
 class TerminateOnNaN(Callback):
-    """Stop as soon as the loss is not a finite number.
+    """Stop as soon as the loss is not a finite number. On a GPU looking at it after each step makes each step wait.
 
     >>> TerminateOnNaN().on_train_batch_end(0, {"loss": 0.5})
     """

@@ -5,6 +5,9 @@ length are padded batch by batch and get a mask, and generators, iterators and f
 drawn from. With `steps` a batch is cut along time into chunks, for truncated backpropagation: (B, T, ...)
 becomes (B, steps, ...) pieces in order. Everything is checked on the way in: what does not fit raises a
 ValueError naming the argument and the row.
+
+On a device arrays are staged once, `on(backend)`, where they fit, and batches are gathered there in the same order; what
+does not fit, memmaps, unequal sequences and sources of batches go over batch by batch, `placed(batch, backend)`.
 """
 
 import math
@@ -14,10 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numlstm import random
+from numlstm.backend import Backend, adopt, backend_of, moved, namespace, place_of, ranges, to_numpy
 
-__all__ = ["ArrayBatches", "Batch", "Batches", "IteratorBatches", "as_batches", "cut", "pad"]
+__all__ = ["ArrayBatches", "Batch", "Batches", "IteratorBatches", "as_batches", "cut", "pad", "placed"]
 
-Rows = slice | np.ndarray
+STAGED = (
+    0.5  # of a device's free memory: arrays that take no more are copied to it once, before the first batch
+)
+
+
+Rows = Any  # a slice, row numbers, or `_BothRows`
 
 
 class Batch(NamedTuple):
@@ -44,6 +53,11 @@ class Batches:
     rows: int | None = None
     steps: int | None = None
     endless: bool = False  # can one iterator serve several epochs?
+    came_from: str | None = None  # the device that the caller's x lies on; None: the host
+
+    def on(self, backend: Backend) -> "Batches":
+        """The same source for a model that runs on `backend`."""
+        return self
 
     def epoch(
         self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
@@ -78,6 +92,7 @@ class ArrayBatches(Batches):
         self.dtype = np.dtype(dtype)
         self.batch_size = _batch_size(batch_size)
         self.x = _column("x", x, self.dtype)
+        self.came_from = None if isinstance(self.x, Ragged) else place_of(self.x.array)
         self.y = None if y is None else _column("y", y, self.dtype)
         self.sample_weight = (
             None if sample_weight is None else _column("sample_weight", sample_weight, self.dtype)
@@ -120,19 +135,78 @@ class ArrayBatches(Batches):
         part.steps = math.ceil(part.rows / part.batch_size)
         return part
 
+    def on(self, backend: Backend) -> "ArrayBatches":
+        """The same source with its arrays where `backend` works: on a device if they take no more than `STAGED` of its
+        free memory, and always on the host. Memmaps stay, and so does what goes with them or with unequal
+        sequences: such batches go over one by one.
+
+        Raises:
+            ValueError: an array lies on another device, naming it.
+        """
+        columns = {name: getattr(self, name) for name in ("x", "y", "sample_weight")}
+        arrays = {name: c.array for name, c in columns.items() if isinstance(c, _Dense)}
+        arrays |= {name: a for name in ("mask", "lengths") if (a := getattr(self, name)) is not None}
+        if backend.xp is np:
+            wanted = {name for name, a in arrays.items() if place_of(a) is not None}
+        else:
+            wanted = {name for name, a in arrays.items() if place_of(a) is None}
+            for name in arrays.keys() - wanted:
+                moved(arrays[name], backend, name)  # raises for another device
+            lazy = any(isinstance(c, Ragged) or (c is not None and c.lazy) for c in columns.values())
+            room = backend.room()
+            size = sum(
+                a.size * getattr(columns.get(n), "dtype", a.dtype).itemsize
+                for n, a in arrays.items()
+                if n in wanted
+            )
+            if lazy or (room is not None and size > STAGED * room):
+                wanted = set()
+            for name, c in columns.items():  # what came on the device is looked through there, once
+                if isinstance(c, _Dense) and name not in wanted and c.wants_range():
+                    wanted.add(name)
+        if not wanted:
+            return self
+        staged = self.part(slice(0, self.rows))
+        for name in wanted:
+            column = columns.get(name)
+            setattr(
+                staged, name, moved(arrays[name], backend, name) if column is None else column.on(backend)
+            )
+        return staged
+
     def epoch(
         self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
     ) -> Iterator[Batch]:
         order = random.generator().permutation(self.rows) if shuffle else None
+        there = None  # the same order on the device that arrays are on
+        if order is not None and (device := self._device()) is not None:
+            there = device.asarray(order)
         for start in range(0, self.rows, self.batch_size):
             stop = min(start + self.batch_size, self.rows)
-            rows = slice(start, stop) if order is None else order[start:stop]
+            rows: Rows = slice(start, stop) if order is None else order[start:stop]
+            if there is not None:
+                rows = _BothRows(rows, there[start:stop])
             if chunk is None:
                 yield self._gather(rows)
             elif isinstance(self.x, Ragged):
                 yield from cut(self._gather(rows), chunk, timed)
             else:
                 yield from self._gather_chunks(rows, chunk, timed)
+
+    def _device(self) -> Backend | None:
+        """The backend of the device that some of the arrays are on."""
+        columns = (self.x, self.y, self.sample_weight)
+        arrays = [c.array for c in columns if isinstance(c, _Dense)] + [self.mask, self.lengths]
+        return next((backend_of(a) for a in arrays if a is not None and place_of(a) is not None), None)
+
+    def _mask_of(self, rows: Rows, span: slice) -> Any:
+        """The mask of some rows and steps; None where all count."""
+        if self.mask is not None:
+            return self.mask[_of(rows, self.mask)][:, span]
+        if self.lengths is None:
+            return None
+        steps = namespace(self.lengths).arange(span.start, span.stop)
+        return steps < self.lengths[_of(rows, self.lengths)][:, None]
 
     def chunks(self, chunk: int) -> int | None:
         """How many pieces an epoch has when cut into `chunk` steps; None when that depends on the order."""
@@ -145,10 +219,8 @@ class ArrayBatches(Batches):
         x, mask = self.x.take(rows), None
         if isinstance(self.x, Ragged):
             mask = self.x.mask(rows)
-        elif self.mask is not None:
-            mask = self.mask[rows]
-        elif self.lengths is not None:
-            mask = np.arange(x.shape[1]) < self.lengths[rows, None]
+        elif self.mask is not None or self.lengths is not None:
+            mask = self._mask_of(rows, slice(0, x.shape[1]))
         y = None if self.y is None else self.y.take(rows)
         weight = None if self.sample_weight is None else self.sample_weight.take(rows)
         return Batch(x, y, weight, mask, timed=_timed(x, y))
@@ -164,11 +236,7 @@ class ArrayBatches(Batches):
         )
         for start in range(0, time, chunk):
             span = slice(start, min(start + chunk, time))
-            x, mask = self.x.take(rows, span), None
-            if self.mask is not None:
-                mask = self.mask[rows][:, span]
-            elif self.lengths is not None:
-                mask = np.arange(span.start, span.stop) < self.lengths[rows, None]
+            x, mask = self.x.take(rows, span), self._mask_of(rows, span)
             y = None if self.y is None else self.y.take(rows, span if timed else None)
             weight = None
             if self.sample_weight is not None:
@@ -275,7 +343,7 @@ def cut(batch: Batch, chunk: int, timed: bool = True) -> Iterator[Batch]:
     for start in range(0, time, chunk):
         span = slice(start, min(start + chunk, time))
         yield Batch(
-            np.ascontiguousarray(batch.x[:, span]),
+            _contiguous(batch.x[:, span]),
             batch.y[:, span] if timed else batch.y,
             batch.sample_weight[:, span] if weight_timed else batch.sample_weight,
             None if batch.mask is None else batch.mask[:, span],
@@ -301,11 +369,51 @@ def pad(sequences: Sequence[np.ndarray], dtype: Any = None) -> tuple[np.ndarray,
     return padded, lengths
 
 
+def placed(batch: Batch, backend: Backend) -> Batch:
+    """A batch where a backend works; what lies there already stays as it is.
+
+    >>> from numlstm.backend import get_backend
+    >>> placed(Batch(np.ones((2, 3))), get_backend("cpu")).x.shape
+    (2, 3)
+    """
+
+    def there(name: str, a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return [there(name, b) for b in a]
+        return None if a is None else moved(a, backend, name)
+
+    x, y, weight, mask, *others = batch
+    y = there("y", y)
+    return Batch(there("x", x), y, there("sample_weight", weight), there("mask", mask), *others)
+
+
+def _contiguous(a: Any) -> Any:
+    return np.ascontiguousarray(a) if type(a) is np.ndarray else a.copy(order="C")
+
+
 # Columns: one argument of fit, whatever it is made of
+
+
+class _BothRows:
+    """The same row numbers on the host, and on a device."""
+
+    def __init__(self, here: np.ndarray, there: Any) -> None:
+        self.here, self.there = here, there
+
+
+def _of(rows: Rows, array: Any) -> Any:
+    """The rows as an index for this array."""
+    if not isinstance(rows, _BothRows):
+        return rows
+    return rows.here if place_of(array) is None else rows.there
 
 
 class _Dense:
     """An array or memmap; `take` gives rows in the model's dtype, contiguous."""
+
+    range: tuple[Any, Any] | None = (
+        None  # on a device: the smallest and the largest number, if they are known
+    )
 
     def __init__(self, name: str, array: np.ndarray, dtype: np.dtype[Any], lazy: bool) -> None:
         self.name, self.array, self.lazy = name, array, lazy
@@ -321,8 +429,34 @@ class _Dense:
         part.__dict__.update(self.__dict__, array=self.array[rows])
         return part
 
+    def on(self, backend: Backend) -> "_Dense":
+        """The column where a backend works, in the dtype that batches have. Of numbers that may be ids, labels or
+        probabilities the range is taken along, so that nobody has to ask the device for it."""
+        column = object.__new__(_Dense)
+        array = self.array
+        if not self.exact:
+            array = _cast(self.name, array, self.dtype, slice(0, len(array)))
+        known = (
+            ranges.bounds(array)
+            if backend.xp is not np and (self.dtype.kind in "iu" or self.name == "y")
+            else None
+        )
+        column.__dict__.update(self.__dict__, range=known, array=moved(array, backend, self.name), exact=True)
+        return column
+
+    def wants_range(self) -> bool:
+        """Does it lie on a device, and nobody has looked yet what numbers it holds?"""
+        return (
+            self.range is None
+            and (self.dtype.kind in "iu" or self.name == "y")
+            and place_of(self.array) is not None
+        )
+
     def take(self, rows: Rows, span: slice | None = None) -> np.ndarray:
         array = self.array
+        if type(array) is not np.ndarray and place_of(array) is not None:
+            return self._take_there(_of(rows, array), span)
+        rows = _of(rows, array)
         if span is not None:
             block = array[rows, span]
         elif type(rows) is slice:
@@ -335,6 +469,17 @@ class _Dense:
             block = np.ascontiguousarray(block)
         if self.lazy:
             _check_finite(self.name, block, rows)
+        return block
+
+    def _take_there(self, rows: Any, span: slice | None) -> Any:
+        with backend_of(self.array).current():
+            block = self.array[rows] if span is None else self.array[rows, span]
+            if not self.exact:
+                block = block.astype(self.dtype)
+            elif span is not None:
+                block = block.copy(order="C")
+        if self.range is not None:
+            ranges.remember(block, *self.range)
         return block
 
 
@@ -358,10 +503,12 @@ class Ragged:
         return self.sequences[rows] if isinstance(rows, slice) else [self.sequences[i] for i in rows]
 
     def take(self, rows: Rows, span: slice | None = None) -> np.ndarray:
+        rows = rows.here if isinstance(rows, _BothRows) else rows
         padded, _ = pad(self._select(rows), self.dtype)
         return padded if span is None else padded[:, span]
 
     def mask(self, rows: Rows) -> np.ndarray:
+        rows = rows.here if isinstance(rows, _BothRows) else rows
         lengths = np.array([len(s) for s in self._select(rows)])
         return np.arange(max(1, lengths.max())) < lengths[:, None]
 
@@ -374,6 +521,8 @@ def _column(name: str, data: Any, dtype: np.dtype[Any]) -> _Dense | Ragged:
         )
     if isinstance(data, list) and _is_ragged(data):
         return _ragged(name, data, dtype)
+    if isinstance(data, list) and data and place_of(data[0]) is not None:
+        data = namespace(data[0]).stack(data)
     lazy = isinstance(data, np.memmap)
     array = data if isinstance(data, np.ndarray) else _to_array(name, data)
     _check_kind(name, array)
@@ -388,7 +537,7 @@ def _column(name: str, data: Any, dtype: np.dtype[Any]) -> _Dense | Ragged:
 
 def _to_array(name: str, data: Any) -> np.ndarray:
     try:
-        return np.asarray(data)
+        return adopt(data)
     except ValueError as error:  # nested lists of unequal length
         raise ValueError(
             f"{name}: can't be made an array ({error}); give a list of arrays for unequal sequences"
@@ -403,7 +552,7 @@ def _is_ragged(data: list[Any]) -> bool:
 
 
 def _ragged(name: str, data: list[Any], dtype: np.dtype[Any]) -> Ragged:
-    sequences = [_to_array(f"{name}[{row}]", d) for row, d in enumerate(data)]
+    sequences = [to_numpy(_to_array(f"{name}[{row}]", d)) for row, d in enumerate(data)]
     first = next(s for s in sequences if len(s))
     # An empty list has neither dtype nor features: it takes those of the others.
     sequences = [s if len(s) else np.zeros((0, *first.shape[1:]), first.dtype) for s in sequences]
@@ -445,6 +594,12 @@ def _check_finite(name: str, array: np.ndarray, rows: Rows, dtype: Any = None) -
     time."""
     if array.dtype.kind != "f":
         return
+    if place_of(array) is not None:
+        with backend_of(array).current():
+            values = array if dtype is None else array.astype(dtype, copy=False)
+            if bool(np.isfinite(values).all()):
+                return
+        array = to_numpy(array)  # to say which
     narrows = dtype is not None and np.dtype(dtype).itemsize < array.dtype.itemsize
     block = max(1, 2**20 // max(1, math.prod(array.shape[1:])))
     for start in range(0, len(array), block):
@@ -474,19 +629,19 @@ def _cast(name: str, block: np.ndarray, dtype: np.dtype[Any], rows: Rows) -> np.
 
 
 def _mask(mask: Any, x: _Dense | Ragged) -> np.ndarray:
-    array = np.asarray(mask)
+    array = adopt(mask)
     expected = _time_shape("mask", x)
     if array.shape != expected:
         raise ValueError(f"mask: shape {array.shape} came, expected {expected}: (batch, time) of x")
     if array.dtype != bool:
-        if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
+        if array.dtype.kind not in "iuf" or not np.isin(to_numpy(array), (0, 1)).all():
             raise ValueError(f"mask: dtype {array.dtype} came, expected True and False, or 1 and 0")
         array = array.astype(bool)
     return array
 
 
 def _lengths(lengths: Any, x: _Dense | Ragged) -> np.ndarray:
-    array = np.asarray(lengths)
+    array = to_numpy(adopt(lengths))
     rows, time = _time_shape("lengths", x)
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise ValueError(

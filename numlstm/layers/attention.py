@@ -14,6 +14,7 @@ import numpy as np
 
 from numlstm import activations, constraints, initializers, ops, regularizers
 from numlstm.autograd import Tensor, Variable
+from numlstm.backend import adopt, beside, namespace, to_numpy
 from numlstm.layers.base import Layer, Shape, checked_shape, fraction, positive, registry, shape_of
 from numlstm.layers.core import Dense, Dropout, LayerNormalization
 
@@ -90,7 +91,8 @@ def _allowed(inputs: Sequence[Tensor], masks: Any, causal: bool, more: Any = Non
     parts = [] if more is None else [more]
     parts += [m[:, None, :] for m in (masks or ())[1:] if m is not None]
     if causal:
-        parts.append(np.tri(inputs[0].shape[1], inputs[1].shape[1], dtype=bool)[None])
+        triangle = namespace(inputs[0].data).tri(inputs[0].shape[1], inputs[1].shape[1], dtype=bool)
+        parts.append(triangle[None])
     if not parts:
         return None
     allowed = parts[0]
@@ -283,7 +285,8 @@ class AdditiveAttention(_OneHead):
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """sum(scale tanh(q + k))."""
-        weight = Tensor(np.ones(query.shape[-1], self.dtype)) if self.scale is None else self.scale
+        ones = namespace(query.data).ones
+        weight = Tensor(ones(query.shape[-1], self.dtype)) if self.scale is None else self.scale
         return ops.additive_scores(query, key, weight)
 
     def operations(self) -> list[tuple[str, str]]:
@@ -461,7 +464,7 @@ class MultiHeadAttention(_Attending):
         """Where queries may look, (batch, heads or 1, Tq, Tv)."""
         more = None
         if given is not None:
-            more = np.asarray(given.data if isinstance(given, Tensor) else given)
+            more = adopt(given.data if isinstance(given, Tensor) else given)
             scores = (inputs[0].shape[0], self.num_heads, inputs[0].shape[1], inputs[1].shape[1])
             expected = scores if more.ndim == 4 else (scores[0], *scores[2:])
             if more.ndim not in (2, 3, 4) or any(
@@ -471,9 +474,11 @@ class MultiHeadAttention(_Attending):
                     f"{self.name}: attention_mask: expected (batch, Tq, Tv) = {(scores[0], *scores[2:])} "
                     f"or, with heads, {scores}, got shape {more.shape}"
                 )
-            if more.dtype.kind not in "biuf" or not np.isin(more, (0, 1)).all():
+            if more.dtype.kind not in "biuf" or not (
+                more.dtype.kind == "b" or np.isin(to_numpy(more), (0, 1)).all()
+            ):
                 raise ValueError(f"{self.name}: attention_mask: expected True and False (or 1 and 0)")
-            more = more.astype(bool)
+            more = beside(more, inputs[0].data, f"{self.name}: attention_mask", bool)
         rank3 = None if more is None or more.ndim == 4 else more.reshape((1,) * (3 - more.ndim) + more.shape)
         if masks is not None and masks[0] is not None:
             rank3 = masks[0][..., None] if rank3 is None else rank3 & masks[0][..., None]

@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import signature
@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numlstm import constraints, initializers, regularizers
-from numlstm.autograd import QuantizedVariable, Tensor, Variable
+from numlstm.autograd import QuantizedVariable, Tensor, Variable, abroad, arrangement, transfer
+from numlstm.backend import (
+    Backend,
+    adopt,
+    beside,
+    chosen_backend,
+    get_backend,
+    moved,
+    to_numpy,
+    use_backend,
+)
 from numlstm.registry import Configurable, Registry, constructor_parameters, snake_case, suggest
 
 Shape = tuple[int | None, ...]
@@ -42,6 +52,8 @@ class _Call(NamedTuple):
 
 
 _running: ContextVar[_Call | None] = ContextVar("running_call", default=None)
+# Where the outermost call runs, if that is a device, or might be.
+_calling_on: ContextVar[Backend | None] = ContextVar("calling_on", default=None)
 _blank: ContextVar[bool] = ContextVar("blank_weights", default=False)
 
 
@@ -105,6 +117,8 @@ class Layer(Configurable):
         self._variables: list[Variable] = []
         self._losses: list[Tensor] = []
         self._root: object = None
+        # Where the weights were last seen to lie, and how all weights lay then: the same again need not be looked at.
+        self._place: tuple[str, int] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """However `build` is called, directly or by a first call, the layer knows that it has happened."""
@@ -170,6 +184,11 @@ class Layer(Configurable):
         """
         if "_variables" not in self.__dict__:
             raise ValueError(f"{type(self).__name__}: its __init__ must call super().__init__() first")
+        outer = _running.get()
+        if outer is None and _calling_on.get() is None:
+            backend = chosen_backend() or get_backend(like=first_array(inputs))
+            if backend.xp is not np or abroad():
+                return self._called_on(backend, inputs, args, training, mask, lengths, kwargs)
         if not isinstance(inputs, Tensor) or inputs.data.dtype is not _DTYPES[self.dtype]:
             inputs = self._converted(inputs)
         self._check_rank(inputs)
@@ -182,7 +201,6 @@ class Layer(Configurable):
         else:
             mask = self._given_mask(inputs, mask, lengths)
 
-        outer = _running.get()
         if outer is not None and (training is None or bool(training) == outer.training):
             running = outer
         else:
@@ -214,6 +232,47 @@ class Layer(Configurable):
             for output in flat(outputs):
                 self.add_loss(self.activity_regularizer(output))
         return self._masked(outputs, inputs, mask)
+
+    def _called_on(
+        self,
+        backend: Backend,
+        inputs: Any,
+        args: tuple[Any, ...],
+        training: Any,
+        mask: Any,
+        lengths: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An outermost call on a device, or back on the host: weights and inputs go where the backend works."""
+        self.move(backend)
+        if mask is None and lengths is None:  # masks that came with the tensors go along
+            inputs = brought(inputs, backend, self.name)
+        else:
+            inputs = brought(inputs, backend, self.name, with_masks=False)
+        chosen = (
+            nullcontext() if chosen_backend() is not None else use_backend(None, like=first_array(inputs))
+        )
+        token = _calling_on.set(backend)
+        try:
+            with chosen:
+                return Layer.__call__(
+                    self, inputs, *args, training=training, mask=mask, lengths=lengths, **kwargs
+                )
+        finally:
+            _calling_on.reset(token)
+
+    def move(self, backend: Backend) -> None:
+        """Have all weights lie where `backend` works. A call does so by itself; to do it beforehand saves the first
+        call the time.
+
+        >>> layer = Layer()
+        >>> layer.move(get_backend("cpu"))
+        """
+        if self._place == (backend.place, arrangement()):
+            return
+        for variable in self.weights:
+            variable.move(backend)
+        self._place = (backend.place, arrangement())
 
     def ensure_built(self, input_shape: Any) -> None:
         """Build, unless that has happened."""
@@ -292,7 +351,8 @@ class Layer(Configurable):
                 raise ValueError(
                     f"{self.name}: lengths need inputs with a time axis, got shape {first.shape}"
                 )
-            return mask_from_lengths(lengths, first.shape[0], first.shape[1])
+            valid = mask_from_lengths(lengths, first.shape[0], first.shape[1])
+            return beside(valid, first.data, f"{self.name}: lengths")
         if mask is not None:
             return checked_mask(mask, inputs, self.name)
         if isinstance(inputs, Tensor):
@@ -337,6 +397,10 @@ class Layer(Configurable):
             raise ValueError(
                 f"{self.name}: {name}'s initializer gave shape {values.shape}, expected {tuple(shape)}"
             )
+        if (
+            backend := _calling_on.get()
+        ) is not None:  # built by a first call, which goes on with it where it runs
+            values = moved(values, backend, name)
         variable = Variable(
             values,
             name=name,
@@ -443,7 +507,7 @@ class Layer(Configurable):
         if len(weights) != len(named):
             unbuilt = "" if self.built else "; it is not built yet: give input_shape, or call it once on data"
             raise ValueError(f"{self.name} has {len(named)} weights, got {len(weights)}{unbuilt}")
-        arrays = [np.asarray(w) for w in weights]
+        arrays = [adopt(w) for w in weights]
         for (path, variable), array in zip(
             named.items(), arrays, strict=True
         ):  # all checked before any is changed
@@ -523,7 +587,7 @@ def mark_built(layer: Layer, input_shape: Any) -> None:
 # Attributes in which no layers are looked for: they hold none, or would only cost time.
 _BOOKKEEPING = frozenset(
     {"name", "trainable", "dtype", "input_shape", "built", "build_shape", "activity_regularizer"}
-    | {"preprocessing", "_variables", "_losses", "_root"}
+    | {"preprocessing", "_variables", "_losses", "_root", "_place"}
 )
 
 
@@ -656,6 +720,39 @@ def flat(tensors: Any) -> list[Tensor]:
     return [tensors]
 
 
+def first_array(inputs: Any) -> Any:
+    """The first array of the inputs of a call, in whatever they come; None where there is none."""
+    if type(inputs) is np.ndarray:
+        return inputs
+    if isinstance(inputs, Tensor):
+        return inputs.data
+    if isinstance(inputs, (list, tuple, Mapping)):
+        for x in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            if is_array(x):
+                return first_array(x)
+        return None
+    return adopt(inputs) if is_array(inputs) else None
+
+
+def brought(inputs: Any, backend: Backend, owner: str, with_masks: bool = True) -> Any:
+    """The inputs of a call where a backend works; what lies there already is left as it is."""
+    if isinstance(inputs, Mapping):
+        return {k: brought(v, backend, owner, with_masks) for k, v in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        if any(is_array(x) for x in inputs):
+            return [brought(x, backend, owner, with_masks) for x in inputs]
+        try:
+            return moved(np.asarray(inputs), backend, owner)
+        except ValueError:  # rows of unequal length: the call says so
+            return inputs
+    if not isinstance(inputs, Tensor):
+        return moved(adopt(inputs), backend, owner) if is_array(inputs) else inputs
+    mask, inputs = inputs.mask, transfer(inputs, backend, owner)
+    if mask is not None and with_masks and (there := moved(mask, backend, f"{owner}: mask")) is not mask:
+        inputs = with_mask(inputs, there)
+    return inputs
+
+
 def to_tensor(x: Any, dtype: str, owner: str, keeps_integers: bool = False) -> Tensor:
     """`x` as a tensor of `dtype`, or of its own integer dtype with `keeps_integers`. Masks stay."""
     if isinstance(x, Tensor):
@@ -665,7 +762,7 @@ def to_tensor(x: Any, dtype: str, owner: str, keeps_integers: bool = False) -> T
         x.mask = mask
         return x
     try:
-        array = x if hasattr(x, "dtype") else np.asarray(x)
+        array = adopt(x)
     except ValueError as error:  # rows of unequal length
         raise ValueError(f"{owner}: inputs can't be made an array: {error}") from error
     if array.dtype.kind not in "biuf":
@@ -684,7 +781,7 @@ def mask_from_lengths(lengths: Any, batch: int, time: int) -> np.ndarray:
     >>> mask_from_lengths([1, 3], batch=2, time=3).astype(int).tolist()
     [[1, 0, 0], [1, 1, 1]]
     """
-    array = np.asarray(lengths)
+    array = to_numpy(adopt(lengths))
     if array.shape != (batch,):
         raise ValueError(f"lengths: expected one for each of the {batch} rows, got shape {array.shape}")
     if array.dtype.kind not in "iu":
@@ -705,9 +802,9 @@ def checked_mask(mask: Any, inputs: Any, owner: str) -> Any:
         return [
             None if m is None else checked_mask(m, x, owner) for m, x in zip(mask, flat(inputs), strict=True)
         ]
-    array = np.asarray(mask)
+    array = adopt(mask)
     if array.dtype.kind != "b":
-        if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
+        if array.dtype.kind not in "iuf" or not np.isin(to_numpy(array), (0, 1)).all():
             raise ValueError(f"{owner}: mask: expected True and False (or 1 and 0), got dtype {array.dtype}")
         array = array.astype(bool)
     if array.ndim != 2 or array.shape != inputs.shape[:2]:
@@ -715,7 +812,11 @@ def checked_mask(mask: Any, inputs: Any, owner: str) -> Any:
             f"{owner}: mask: expected shape (batch, time) = {inputs.shape[:2]} for inputs of {inputs.shape}, "
             f"got {array.shape}"
         )
-    return array
+    return (
+        array
+        if type(inputs.data) is np.ndarray is type(array)
+        else beside(array, inputs.data, f"{owner}: mask")
+    )
 
 
 def with_mask(inputs: Any, mask: Any) -> Any:

@@ -6,7 +6,9 @@ time step depends on that step alone is marked `per_step` and can be used in a s
 a mask is said in its docstring; a layer that mixes or removes the time axis ends the mask.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from numlstm import activations, constraints, initializers, ops, regularizers
 from numlstm.autograd import Tensor
+from numlstm.backend import namespace, ranges
 from numlstm.layers.base import (
     Layer,
     Shape,
@@ -213,8 +216,13 @@ class Embedding(Layer):
             raise ValueError(
                 f"{self.name}: expected ids, which are whole numbers, got dtype {ids.dtype} with fractions"
             )
-        if ids.size and (ids.min() < 0 or ids.max() >= self.input_dim):
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
+        if not ids.size:
+            return
+        low, high = ranges.bounds(ids)
+        if low < 0 or high >= self.input_dim:
+            low, high = ranges.exact(ids)
+        if low < 0 or high >= self.input_dim:
+            bad = int(low if low < 0 else high)
             raise ValueError(
                 f"{self.name}: expected ids from 0 to {self.input_dim - 1} (input_dim - 1), got {bad}"
             )
@@ -659,7 +667,7 @@ class _Merging(Layer):
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """Where all of the inputs' masks are True."""
         present = [m for m in mask or [] if m is not None]
-        return np.logical_and.reduce(present) if present else None
+        return functools.reduce(operator.and_, present) if present else None
 
 
 @registry.register()
@@ -690,7 +698,10 @@ class Concatenate(_Merging):
         """Along time the masks are put one after the other as well; inputs without one count in full."""
         if mask is None or self._axis(inputs[0].ndim) != 1:
             return super().compute_mask(inputs, mask)
-        full = (np.ones(x.shape[:2], bool) if m is None else m for x, m in zip(inputs, mask, strict=True))
+        full = (
+            namespace(x.data).ones(x.shape[:2], bool) if m is None else m
+            for x, m in zip(inputs, mask, strict=True)
+        )
         return np.concatenate(list(full), axis=1)
 
     def compute_output_shape(self, input_shape: Sequence[Shape]) -> Shape:
@@ -773,7 +784,7 @@ class GlobalAveragePooling1D(_Pooling):
         """The mean of each feature."""
         if mask is None:
             return ops.mean(inputs, axis=1, keepdims=self.keepdims)
-        weights = np.asarray(mask)[..., None].astype(inputs.dtype)
+        weights = mask[..., None].astype(inputs.dtype)
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1)
         return ops.sum(inputs * Tensor(weights), axis=1, keepdims=self.keepdims)
 
@@ -791,7 +802,7 @@ class GlobalMaxPooling1D(_Pooling):
     def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         """The maximum of each feature."""
         if mask is not None:
-            valid = np.asarray(mask)[..., None]
+            valid = mask[..., None]
             floor = np.where(valid.any(axis=1, keepdims=True), np.finfo(inputs.dtype).min, 0).astype(
                 inputs.dtype
             )

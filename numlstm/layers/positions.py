@@ -10,6 +10,7 @@ import numpy as np
 
 from numlstm import constraints, initializers, ops, regularizers
 from numlstm.autograd import Tensor
+from numlstm.backend import Backend, backend_of
 from numlstm.layers.base import Layer, Shape, positive, registry
 
 
@@ -50,7 +51,9 @@ class SinusoidalPositions(_Positions):
 
     def call(self, inputs: Tensor) -> Tensor:
         """The inputs, plus the table."""
-        return inputs + Tensor(sinusoids(*inputs.shape[1:], self.max_wavelength, self.dtype))
+        asked = (*inputs.shape[1:], self.max_wavelength, self.dtype)
+        here = type(inputs.data) is np.ndarray
+        return inputs + Tensor(sinusoids(*asked) if here else _sinusoids_on(backend_of(inputs.data), *asked))
 
 
 @lru_cache(maxsize=16)
@@ -61,6 +64,12 @@ def sinusoids(steps: int, features: int, max_wavelength: float, dtype: str) -> n
     table = np.where(np.arange(features) % 2, np.cos(angle), np.sin(angle)).astype(dtype)
     table.flags.writeable = False
     return table
+
+
+@lru_cache(maxsize=16)
+def _sinusoids_on(backend: Backend, *asked: Any) -> Any:
+    """The same table, on a device."""
+    return backend.asarray(sinusoids(*asked))
 
 
 @registry.register()

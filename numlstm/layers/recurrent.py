@@ -15,9 +15,10 @@ import numpy as np
 
 from numlstm import activations, constraints, initializers, ops, regularizers
 from numlstm.autograd import Tensor, Variable
+from numlstm.backend import adopt, backend_of, beside, namespace, to_numpy
 from numlstm.kernels import cells, derive
 from numlstm.kernels.derive import Cell
-from numlstm.layers.base import Layer, Shape, fraction, positive, registry
+from numlstm.layers.base import Layer, Shape, brought, fraction, positive, registry
 from numlstm.registry import Registry
 
 cell_registry: Registry[Cell] = Registry("cell")
@@ -261,7 +262,7 @@ class Recurrent(Layer):
     def recurrent_weights(self, thinned: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The matrix of the recurrent product, and recurrent weights that the cell takes as parameters."""
         if thinned is None:
-            return Tensor(np.zeros((self.output_units, 0), self.dtype)), {}
+            return self._zeros((self.output_units, 0)), {}
         return thinned, {}
 
     def cell_weights(
@@ -276,12 +277,16 @@ class Recurrent(Layer):
         values = {**values, **others, **self.parameters}
         if self.layer_norm:
             gates, fed = self.cell.gates, self.cell.recurrent
-            shift = Tensor(np.zeros(len(gates) * self.units, self.dtype)) if bias is None else bias
+            shift = self._zeros((len(gates) * self.units,)) if bias is None else bias
             values |= self._by_gate("gx_", gates, self.kernel_gamma)
             values |= self._by_gate("bx_", gates, shift)
             values |= self._by_gate("gh_", fed, self.recurrent_gamma)
             bias = None  # the products are normalised before it is added
         return matrix, bias, tuple(values[name] for name in self.equations.params), self.projection_kernel
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """In place of a weight that there is not, where the others lie."""
+        return Tensor(namespace(self.kernel.data).zeros(shape, self.dtype))
 
     def _by_gate(self, prefix: str, gates: Sequence[str], weight: Any) -> dict[str, Tensor]:
         """A weight of all gates as one parameter for each."""
@@ -310,6 +315,13 @@ class Recurrent(Layer):
     ) -> dict[str, Any]:
         """What `call` asks of `ops.recurrent`: its arguments, by name."""
         state = self.start_states(inputs.shape[0], initial_state)
+        if state is not None:
+            here = type(inputs.data)
+            if here is not np.ndarray or any(
+                type(s.data if isinstance(s, Tensor) else s) is not here for s in state
+            ):
+                there = backend_of(inputs.data)
+                state = tuple([brought(s, there, f"{self.name}: initial_state") for s in state])
         if training and self.dropout:
             inputs = ops.dropout(inputs, self.dropout, shape=(inputs.shape[0], 1, inputs.shape[2]))
         return self.arguments(inputs, state, mask, training)
@@ -319,9 +331,7 @@ class Recurrent(Layer):
     ) -> Tensor | list[Tensor]:
         """What `call` gives, from what `ops.recurrent` gives; the last states are kept if they are wanted."""
         if self.stateful or self.carry:
-            self.states = tuple(
-                np.array(f.numpy()) for f in final
-            )  # copies: free of the tape and of larger arrays
+            self.states = tuple(f.data.copy() for f in final)  # free of the tape and of larger arrays
         result = [self.shown(outputs, mask) if self.return_sequences else final[0]]
         if self.return_state:
             result += final
@@ -381,7 +391,7 @@ class Recurrent(Layer):
     def _zoneout_mask(self, rate: float, shape: tuple[int, int, int], training: bool) -> np.ndarray:
         """How much of a state's old value is kept: 0 or 1 at each step in training, else the rate itself."""
         if not training or not rate:
-            return np.full((1, 1, 1), rate, self.dtype)
+            return namespace(self.kernel.data).full((1, 1, 1), rate, self.dtype)
         dropped = self._thinning(shape, rate) == 0  # time-major, as the kernel reads it
         return dropped.swapaxes(0, 1)
 
@@ -424,10 +434,10 @@ class Recurrent(Layer):
                 f"{self.name}: initial_state: expected {len(names)} ({', '.join(names)}), got {len(states)}"
             )
         for name, width, state in zip(names, self.state_widths, states, strict=True):
-            if np.shape(getattr(state, "data", state)) != (batch, width):
+            shape = tuple(state.shape) if hasattr(state, "shape") else np.shape(state)
+            if shape != (batch, width):
                 raise ValueError(
-                    f"{self.name}: initial_state {name}: expected shape {(batch, width)}, "
-                    f"got {np.shape(getattr(state, 'data', state))}"
+                    f"{self.name}: initial_state {name}: expected shape {(batch, width)}, got {shape}"
                 )
         return tuple(s if isinstance(s, Tensor) else Tensor(s, self.dtype) for s in states)
 
@@ -438,7 +448,7 @@ class Recurrent(Layer):
         elif self.states is not None:
             index = checked_rows(rows, self.states[0].shape[0])
             for state in self.states:
-                state[index] = 0
+                state[beside(index, state, "rows") if isinstance(index, np.ndarray) else index] = 0
 
     def reset_state(self, rows: Any = None) -> None:
         """`reset_states` under Keras 3's name."""
@@ -598,7 +608,7 @@ class LSTM(Projected):
 
     def biases(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The bias of all gates, and that of the normalised cell where it is not a weight."""
-        return self.bias, {"b_c": Tensor(np.zeros(self.units, self.dtype))} if self.layer_norm else {}
+        return self.bias, {"b_c": self._zeros((self.units,))} if self.layer_norm else {}
 
 
 class GRU(Recurrent):
@@ -663,9 +673,9 @@ class GRU(Recurrent):
         if not self.reset_after:
             return self.bias, {}
         if self.bias is None:
-            return None, {"b_n": Tensor(np.zeros(n, self.dtype))}
+            return None, {"b_n": self._zeros((n,))}
         recurrent = self.bias[1]
-        shared = ops.concatenate([recurrent[: 2 * n], Tensor(np.zeros(n, self.dtype))], axis=0)
+        shared = ops.concatenate([recurrent[: 2 * n], self._zeros((n,))], axis=0)
         return self.bias[0] + shared, {"b_n": recurrent[2 * n :]}
 
 
@@ -884,7 +894,7 @@ def limit(argument: str, value: Any) -> float | None:
 
 def checked_rows(rows: Any, batch: int) -> np.ndarray:
     """Row numbers from an index, indices or a bool mask. Raises ValueError when one is not there."""
-    array = np.atleast_1d(np.asarray(rows))
+    array = np.atleast_1d(to_numpy(adopt(rows)))
     if array.dtype.kind == "b" and array.shape == (batch,):
         return np.flatnonzero(array)
     if array.size and (

@@ -92,8 +92,9 @@ def test_cuda_raises_with_the_reason_and_never_falls_back(name, monkeypatch):
 
 
 def test_an_array_on_a_device_is_never_copied_behind_the_users_back():
-    array = type("ndarray", (), {"__module__": "cupy", "get": lambda self: np.ones(2)})()
-    with pytest.raises(RuntimeError, match="an array on a CUDA device: the backend 'cuda' can't be used"):
+    device = type("Device", (), {"id": 9})()
+    array = type("ndarray", (), {"__module__": "cupy", "device": device, "get": lambda self: np.ones(2)})()
+    with pytest.raises(RuntimeError, match="an array of cuda:9: the backend 'cuda:9' can't be used"):
         get_backend(like=array)
     assert get_backend("cpu", like=array).name == "cpu"
     assert to_numpy(array).tolist() == [1, 1]
