@@ -97,8 +97,8 @@ def forward(
     projection: np.ndarray | None = None,
     precision: str = "float32",
 ) -> Forward:
-    """Run the sequence; see sequence.py for arguments, shapes and meaning. With `precision` "bfloat16" operands are rounded
-    and products of what was rounded are taken in the arrays' own dtype: the oracle for kernels in bfloat16.
+    """Run the sequence; see sequence.py for arguments, shapes and meaning. With another `precision` than "float32"
+    operands are rounded and products of what was rounded are taken in the arrays' own dtype: the oracle for such kernels.
 
     Raises:
         ValueError: an array's shape does not fit the others, or an unknown precision.

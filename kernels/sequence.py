@@ -15,7 +15,9 @@ gradient of its sequence, (T, B, H) or None. A residual serves one backward pass
 
 precision "bfloat16" rounds the operands of every product, forward and backward, to bfloat16 (nearest, ties to even): x,
 weights, what a recurrent product reads (after the recurrent mask), the gates' gradients. Sums, gates, states, the bias's
-gradient and the weights themselves stay as they are.
+gradient and the weights themselves stay as they are. "tf32" rounds the same operands to 11 significant bits: a GPU's
+tensor cores do it as they read float32. The reference rounds to nearest, ties to even; the CPU's kernels have no such
+products and refuse the word.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = [
     "check_precision",
 ]
 
-PRECISIONS = ("float32", "bfloat16")  # of the products' operands; "float32" leaves them as they are
+PRECISIONS = ("float32", "bfloat16", "tf32")  # of the products' operands; "float32" leaves them as they are
 
 
 class Forward(NamedTuple):
@@ -131,10 +133,11 @@ def aux_columns(cell: Any, aux: str, H: int, P: int) -> int:
     return P if any(s.projects and aux in s.aux for s in cell.stages) else H
 
 
-def check_precision(precision: str) -> None:
-    """Raises ValueError for a precision that is none of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
+def check_precision(precision: str, known: tuple[str, ...] = PRECISIONS) -> None:
+    """Raises ValueError for a precision that is none of those known."""
+    if precision not in known:
+        where = " (tf32 is a GPU's)" if precision == "tf32" else ""
+        raise ValueError(f"precision: expected {' or '.join(known)}, got {precision!r}{where}")
 
 
 def check_backward(

@@ -8,7 +8,7 @@ that serves the calls.
 from collections.abc import Callable
 from typing import Any
 
-from numlstm.backend import IN_PRECISION, Backend, lookup, use_backend
+from numlstm.backend import IN_PRECISION, Backend, cuda, lookup, use_backend
 from numlstm.layers.base import Layer
 from numlstm.quantization import is_quantized
 
@@ -45,7 +45,8 @@ def explain(
         (settings.backend, settings.strict, settings.products) if settings else (None, False, None)
     )
     with use_backend(backend or chosen, strict=strict, precision=precision) as serving:
-        say(f"backend: {serving}")
+        why_not = cuda.unavailable() if (backend or chosen) is None and serving.name == "cpu" else None
+        say(f"backend: {serving}" + (f" (no cuda: {why_not})" if why_not else ""))
     rows = [row for path, layer in model.walk() if _asks(layer) for row in _rows(path, layer, serving)]
     for row in rows:
         what = row["operation"] + ("" if row["option"] == "*" else f" {row['option']}")

@@ -3,6 +3,16 @@
 import pytest
 
 import numlstm as nl
+from numlstm import backend
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """A machine without one, whatever this one has."""
+    monkeypatch.setattr(backend.cuda, "unavailable", lambda index=0: "no NVIDIA driver (of this test)")
+    backend._auto.cache_clear()
+    yield
+    backend._auto.cache_clear()
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def test_every_layer_that_computes_has_a_row(model, capsys):
     assert [r["operation"] for r in rows] == ["embedding", "sequence", "matmul", "element-wise"]
     assert rows[1]["kernel"] == "numlstm.kernels.cpu.sequence" and rows[1]["option"] == "lstm"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "backend: cpu" and len(lines) == 5
+    assert lines[0] == "backend: cpu (no cuda: no NVIDIA driver (of this test))" and len(lines) == 5
     assert lines[2].startswith("inner/l (LSTM): sequence lstm -> numlstm.kernels.cpu.sequence (")
 
 

@@ -91,7 +91,7 @@ def test_same_bits_whatever_the_threads(monkeypatch) -> None:
 def test_explain_names_it() -> None:
     lines: list[str] = []
     rows = nl.explain(made("bfloat16"), print_fn=lines.append)
-    assert lines[0] == "backend: cpu, products in bfloat16"
+    assert lines[0].startswith("backend: cpu, products in bfloat16")
     assert [r["operation"] for r in rows] == ["sequence", "sequence", "sequence", "matmul"]
     assert all("; products in bfloat16, sums in float32" in r["why"] for r in rows)
     assert not any("bfloat16" in r["why"] for r in nl.explain(made("float32"), print_fn=lines.append))

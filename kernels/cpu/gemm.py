@@ -242,7 +242,7 @@ def matmul(
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"matmul: expected (M, K) and (K, N), got {a.shape} and {b.shape}")
-    check_precision(precision)
+    check_precision(precision, ("float32", "bfloat16"))
     (M, depth), N = a.shape, b.shape[1]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"matmul: expected a bias of shape {(N,)}, got {bias.shape}")

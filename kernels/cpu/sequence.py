@@ -172,7 +172,7 @@ def _prepare(
             f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
             + (f" and an output of {Q}" if cell.projects else "")
         )
-    check_precision(precision)
+    check_precision(precision, ("float32", "bfloat16"))
     precision = amx.precision_of(precision, B)
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
     apart = T > 1 and not amx.tiled(precision) and _apart(shards, units, B, I)

@@ -8,8 +8,10 @@ slower substitute into an error.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,18 +54,40 @@ _CHOSEN: ContextVar[Backend | None] = ContextVar("numlstm_backend", default=None
 def _instance(name: str, strict: bool = False, precision: str = "float32") -> Backend:
     key = name, strict, precision
     if key not in _INSTANCES:
-        _INSTANCES[key] = _CLASSES[name](strict=strict, precision=precision)
+        how: dict[str, Any] = {"strict": strict, "precision": precision}
+        if name.startswith("cuda"):
+            _INSTANCES[key] = cuda.CudaBackend(int(name.partition(":")[2] or 0), **how)
+        else:
+            _INSTANCES[key] = _CLASSES[name](**how)
     return _INSTANCES[key]
+
+
+@functools.cache
+def _auto() -> str:
+    """What "auto" means here: CUDA where it is usable, else the CPU. A device that is there and can't be used is worth a
+    word, once; a machine without one is not. Numba's simulator is for tests and never chosen unasked."""
+    if cuda.simulated():
+        return "cpu"
+    reason = cuda.unavailable()
+    if reason is None:
+        return "cuda"
+    if cuda.present():
+        warnings.warn(f"numlstm runs on the CPU, CUDA can't be used: {reason}", RuntimeWarning, stacklevel=4)
+    return "cpu"
 
 
 def _resolve(name: str, source: str, strict: bool = False, precision: str = "float32") -> Backend:
     """The backend called `name`; `source` says who asked, for the error."""
     cuda_device = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
     if cuda_device:
-        reason = cuda.unavailable(int(cuda_device[1] or 0))
-        raise RuntimeError(f"{source}: the backend {name!r} can't be used here: {reason}")
+        index = int(cuda_device[1] or 0)
+        if reason := cuda.unavailable(index):
+            raise RuntimeError(f"{source}: the backend {name!r} can't be used here: {reason}")
+        return _instance(f"cuda:{index}" if index else "cuda", strict, precision)
     if name == "auto":
-        name = "cpu"  # CUDA would come first; it is never usable in this version
+        name = _auto()
+        if name == "cuda":
+            return _instance(name, strict, precision)
     if name not in _CLASSES:
         raise ValueError(f"{source}: {name!r} came, expected auto, cpu, cuda, cuda:N or reference")
     return _instance(name, strict, precision)
@@ -94,7 +118,7 @@ def get_backend(name: str | None = None, *, like: Any = None) -> Backend:
         return _resolve(from_environment, "NUMLSTM_BACKEND")
     if like is not None and type(like) is not np.ndarray and (place := place_of(like)) is not None:
         return _at(place)
-    return _instance("cpu")
+    return _instance(_auto())
 
 
 def chosen_backend() -> Backend | None:
@@ -118,8 +142,9 @@ def use_backend(
         name: as in `get_backend`; None keeps what is chosen already (to add `strict`).
         strict: raise where the backend has no kernel of its own (float64 on the CPU, say) instead of using
             NumPy.
-        precision: of products of matrices (in recurrent and dense layers, `ops.matmul`): "float32", or "bfloat16"
-            (operands rounded to 8 bits of mantissa, sums in float32); None keeps what is chosen already.
+        precision: of products of matrices (in recurrent and dense layers, `ops.matmul`): "float32"; "bfloat16"
+            (operands rounded to 8 bits of mantissa, sums in float32); on a GPU "tf32" (11 bits); None keeps what is
+            chosen already.
         like: an array whose device counts where nothing else decides.
 
     Raises:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from numlstm.kernels.sequence import check_precision
+
 from .base import Backend, register
 
 __all__ = ["CpuBackend"]
 
 
 class CpuBackend(Backend):
-    """Float32 on this machine's processors.
+    """Float32 on this machine's processors; products in float32 or bfloat16, and a ValueError for another precision.
 
     >>> CpuBackend().name
     'cpu'
@@ -22,6 +24,10 @@ class CpuBackend(Backend):
 
     name = "cpu"
     device = "cpu"
+
+    def __init__(self, *, strict: bool = False, precision: str = "float32") -> None:
+        check_precision(precision, ("float32", "bfloat16"))
+        super().__init__(strict=strict, precision=precision)
 
     def stack(self, steps: Sequence[Any], batch: int, features: int | None, *, masked: bool) -> Any | None:
         """One native call for the layers that `steps` describes."""

@@ -166,7 +166,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show versions, backends and processor."""
-    from numlstm.backend import backends
+    from numlstm.backend import backends, cuda
     from numlstm.kernels.cpu import cache, isa, threads
 
     with command(as_json, seed, backend) as result:
@@ -190,7 +190,10 @@ def info(
             "cores": os.cpu_count(),
             "threads": threads.get_num_threads(),
             "kernel_cache": "off" if folder is None else str(folder),
-            "backends": {name: reason or "usable" for name, reason in backends().items()},
+            "backends": {
+                name: reason or (f"usable ({cuda.describe()}; tier 0)" if name == "cuda" else "usable")
+                for name, reason in backends().items()
+            },
             "packages": {name: _version(name) for name in packages},
         }
         for name, value in result.items():

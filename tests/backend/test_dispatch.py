@@ -12,6 +12,7 @@ from numlstm.backend import (
     Backend,
     backends,
     base,
+    cuda,
     get_backend,
     lookup,
     register,
@@ -23,7 +24,13 @@ from numlstm.kernels import cells
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):
+    """A machine without a GPU, whatever this one has."""
     monkeypatch.delenv("NUMLSTM_BACKEND", raising=False)
+    monkeypatch.setattr(cuda, "unavailable", lambda index=0: "no NVIDIA driver (of this test)")
+    monkeypatch.setattr(cuda, "present", lambda: False)
+    backend._auto.cache_clear()
+    yield
+    backend._auto.cache_clear()
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_an_unknown_name_in_the_environment_says_where_it_came_from(monkeypatch)
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_cuda_raises_with_the_reason_and_never_falls_back(name, monkeypatch):
     with pytest.raises(
-        RuntimeError, match=f"backend: the backend '{name}' can't be used here: the CUDA kernels"
+        RuntimeError, match=f"backend: the backend '{name}' can't be used here: no NVIDIA driver"
     ):
         get_backend(name)
     with pytest.raises(RuntimeError, match="can't be used"), use_backend(name):
@@ -103,7 +110,7 @@ def test_an_array_on_a_device_is_never_copied_behind_the_users_back():
 def test_backends_say_what_is_missing():
     listed = backends()
     assert list(listed) == ["cpu", "cuda", "reference"]
-    assert listed["cpu"] is None and listed["reference"] is None and "CUDA kernels" in listed["cuda"]
+    assert listed["cpu"] is None and listed["reference"] is None and "no NVIDIA driver" in listed["cuda"]
 
 
 # The registry
@@ -155,7 +162,7 @@ def test_register_refuses_what_is_taken_or_unknown(registry):
 
 @pytest.mark.parametrize("operation", base.OPERATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "reference"])
 def test_every_key_is_served_by_functions_that_exist(operation, dtype, device):
     inference = operation.startswith("quantized")
     kernel = lookup(operation, dtype=dtype, device=device, gradient=not inference)

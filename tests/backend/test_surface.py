@@ -8,11 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from numlstm.backend import get_backend
+from numlstm.backend import cuda, get_backend
 from numlstm.kernels import cells
 from numlstm.kernels.reference_pointwise import dense_rows, erf, philox4x32
 
 BACKENDS = [("reference", np.float32), ("reference", np.float64), ("cpu", np.float32), ("cpu", np.float64)]
+if cuda.simulated():  # tests/kernels/test_simulator.py runs these so
+    BACKENDS += [("cuda", np.float32), ("cuda", np.float64)]
 
 
 @pytest.fixture(params=BACKENDS, ids=[f"{name}-{np.dtype(d).name}" for name, d in BACKENDS])

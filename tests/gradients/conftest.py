@@ -12,12 +12,12 @@ import pytest
 # row name -> column -> largest relative error
 MATRIX = pytest.StashKey[dict[str, dict[str, float]]]()
 NUMERIC = ("input", "weights", "state")
-CPU = ("output", "input", "weights", "state")
+FLOAT32 = ("output", "input", "weights", "state")
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, str, str, float], None]:
-    """record(row, "numeric" or "cpu", column, error) enters one cell; the largest error of a cell is kept."""
+    """record(row, "numeric", "cpu" or "cuda", column, error) enters one cell; the largest error of a cell is kept."""
     matrix = request.config.stash.setdefault(MATRIX, {})
 
     def enter(row: str, against: str, column: str, error: float) -> None:
@@ -31,14 +31,23 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, str, str, float], N
 def table(matrix: dict[str, dict[str, float]]) -> Iterator[str]:
     """The matrix as lines: rows are layers, losses and options; a dot where there is nothing to
     differentiate."""
-    columns = [f"numeric {c}" for c in NUMERIC] + [f"cpu {c}" for c in CPU]
+    blocks = {"numeric": NUMERIC, "cpu": FLOAT32, "cuda": FLOAT32}
+    titles = {
+        "numeric": "reference, numerical",
+        "cpu": "cpu float32, reference",
+        "cuda": "cuda float32, reference",
+    }
     width = max(len(row) for row in matrix) + 1
-    half = 9 * len(NUMERIC)
-    yield f"{'':{width}}{'reference, numerical':^{half}}  {'cpu float32, reference':^{9 * len(CPU)}}"
-    yield f"{'':{width}}" + "".join(f"{c:>9}" for c in NUMERIC) + "  " + "".join(f"{c:>9}" for c in CPU)
+    yield f"{'':{width}}" + "  ".join(f"{titles[k]:^{9 * len(c)}}" for k, c in blocks.items())
+    yield f"{'':{width}}" + "  ".join("".join(f"{c:>9}" for c in columns) for columns in blocks.values())
     for row, cells in matrix.items():
-        shown = [f"{cells[c]:>9.0e}" if c in cells else f"{'.':>9}" for c in columns]
-        yield f"{row:{width}}" + "".join(shown[: len(NUMERIC)]) + "  " + "".join(shown[len(NUMERIC) :])
+        shown = {
+            kind: [
+                f"{cells[f'{kind} {c}']:>9.0e}" if f"{kind} {c}" in cells else f"{'.':>9}" for c in columns
+            ]
+            for kind, columns in blocks.items()
+        }
+        yield f"{row:{width}}" + "  ".join("".join(entries) for entries in shown.values())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -49,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         kind: max(
             (e for cells in matrix.values() for c, e in cells.items() if c.startswith(kind)), default=0.0
         )
-        for kind in ("numeric", "cpu")
+        for kind in ("numeric", "cpu", "cuda")
     }
     terminalreporter.section("gradients: largest relative errors")
     if config.option.capture == "no":
@@ -57,5 +66,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
     terminalreporter.write_line(
         f"{len(matrix)} rows; worst: reference against numerical {worst['numeric']:.0e}, "
-        f"cpu float32 against reference {worst['cpu']:.0e} (all rows: pytest tests/gradients -s)"
+        f"float32 against reference: cpu {worst['cpu']:.0e}, cuda {worst['cuda']:.0e} (all rows: pytest tests/gradients -s)"
     )

@@ -300,5 +300,7 @@ def test_what_no_tile_can_round_or_mask_is_refused(masked: bool, precision: str)
 @pytest.mark.parametrize("kernels", [sequence, reference], ids=["cpu", "reference"])
 def test_an_unknown_precision_is_named(kernels) -> None:
     question = replace(ask(cells.elman(), 2, 2, 2, 4).cast("f"), precision="float16")
-    with pytest.raises(ValueError, match=r"precision: expected float32 or bfloat16, got 'float16'"):
+    with pytest.raises(
+        ValueError, match=r"precision: expected float32 or bfloat16( or tf32)?, got 'float16'"
+    ):
         question.forward(kernels, training=False)

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: `@cuda.jit` functions compiled by Numba, products by cuBLAS through CuPy."""
