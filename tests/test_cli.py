@@ -381,7 +381,7 @@ def test_warmup_where_nothing_can_be_written(smaller_model, tmp_path):
 def test_help_names_every_command(capsys):
     assert call() == 0
     out = capsys.readouterr().out
-    for name in ("demo", "train", "evaluate", "predict", "generate", "info", "warmup", "bench"):
+    for name in ("demo", "train", "evaluate", "predict", "generate", "convert", "info", "warmup", "bench"):
         assert f"  {name} " in out
     assert call("train", "forecast", "--help") == 0
     assert "--horizon" in capsys.readouterr().out

@@ -30,7 +30,7 @@ print(json.dumps({
     "shape": list(y.shape),
     "finite": bool(np.isfinite(y).all()),
     "text": len(read_text("tinyshakespeare")),
-    "heavy": sorted({"torch", "onnx", "sklearn", "pandas", "matplotlib", "cupy"} & set(sys.modules)),
+    "heavy": sorted({"torch", "keras", "h5py", "onnx", "sklearn", "pandas", "matplotlib", "cupy"} & set(sys.modules)),
 }))
 """
 

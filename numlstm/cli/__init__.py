@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from numlstm.cli import forecast, inspect, text, tools, warmup
+from numlstm.cli import convert, forecast, inspect, text, tools, warmup
 
 __all__ = ["app", "main"]
 
@@ -36,6 +36,7 @@ app.command("evaluate")(tools.evaluate)
 app.command("predict")(tools.predict)
 app.command("generate")(text.generate)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
 app.command("info")(tools.info)
 app.command("warmup")(warmup.warmup)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.bench)

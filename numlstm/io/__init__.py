@@ -1,4 +1,7 @@
-"""Reading and writing models, and the safe way to write any file. `io.onnx` is imported when it is asked for."""
+"""Reading and writing models, and the safe way to write any file.
+
+`io.onnx`, `io.torch` and `io.keras`, and what they offer here, are imported when they are asked for.
+"""
 
 import importlib
 from typing import Any
@@ -6,21 +9,26 @@ from typing import Any
 from numlstm.io.atomic import atomic_write, write_bytes, write_text
 from numlstm.io.native import describe, load_model, save_model
 
-__all__ = [
-    "atomic_write",
-    "describe",
-    "load_model",
-    "load_onnx",
-    "save_model",
-    "save_onnx",
-    "write_bytes",
-    "write_text",
-]
+# What comes from a module that is imported when it is asked for.
+_LAZY = {
+    "from_torch": "torch",
+    "load_keras": "keras",
+    "load_onnx": "onnx",
+    "load_torch": "torch",
+    "save_keras": "keras",
+    "save_onnx": "onnx",
+    "save_torch": "torch",
+    "to_torch": "torch",
+    "torch_layers": "torch",
+    "torch_state_dict": "torch",
+}
+
+__all__ = ["atomic_write", "describe", "load_model", "save_model", "write_bytes", "write_text", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "onnx":  # it imports the onnx package
-        return importlib.import_module("numlstm.io.onnx")
-    if name in ("load_onnx", "save_onnx"):
-        return getattr(importlib.import_module("numlstm.io.onnx"), name)
+    if name in ("onnx", "torch", "keras"):
+        return importlib.import_module(f"numlstm.io.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"numlstm.io.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

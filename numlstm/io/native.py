@@ -65,11 +65,11 @@ def save_model(
     if held := quantized_weights(model):
         description |= {"format": FORMAT, "quantized": held}  # names by layer; see numlstm/quantization.py
     tensors = {
-        f"weights/{name}": np.ascontiguousarray(v.numpy()) for name, v in model.named_weights().items()
+        f"weights/{name}": np.asarray(v.numpy(), order="C") for name, v in model.named_weights().items()
     }
     if include_optimizer:
         description["optimizer"], slots = _optimizer_state(model)
-        tensors |= {f"optimizer/{name}": np.ascontiguousarray(a) for name, a in slots.items()}
+        tensors |= {f"optimizer/{name}": np.asarray(a, order="C") for name, a in slots.items()}
     write_bytes(path, safetensors.numpy.save(tensors, metadata={"numlstm": _json(description, path)}))
 
 
@@ -220,9 +220,10 @@ def _header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a folder, expected a {SUFFIX} file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start, ninth = file.read(8), file.read(1)
+        file.seek(8)
         for magic, what in _FOREIGN.items():
-            if start.startswith(magic) and not _plausible(start, size):
+            if start.startswith(magic) and not _plausible(start, ninth, size):
                 raise ValueError(f"{path}: {what}, expected a {SUFFIX} file")
         if size < 8:
             raise ValueError(f"{path}: cut off, or not a {SUFFIX} file: it has {size} bytes")
@@ -245,10 +246,13 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _plausible(start: bytes, size: int) -> bool:
-    """Could these 8 bytes be a header's length after all? (A length may happen to begin like a foreign
-    file.)"""
-    return len(start) == 8 and struct.unpack("<Q", start)[0] <= size - 8
+def _plausible(start: bytes, ninth: bytes, size: int) -> bool:
+    """Could these bytes be a header's length and its first brace after all? (A length may happen to begin like a
+    foreign file.)"""
+    if size < 9:
+        return start.startswith(b"\x80")  # too little to tell a pickle from a header cut off
+    length = struct.unpack("<Q", start)[0]
+    return length <= size - 8 or (ninth == b"{" and length <= 100_000_000)
 
 
 def rebuilt(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> Layer:

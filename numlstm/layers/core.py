@@ -795,13 +795,21 @@ class GlobalMaxPooling1D(_Pooling):
 
     Keras ignores the mask here; leaving padding out of a maximum is what a mask is for.
 
+    Arguments:
+        keepdims: keep the time axis, of size 1.
+        ignore_mask: the maximum over all steps, as in Keras; models from there come with it.
+
     >>> GlobalMaxPooling1D()(np.array([[[1.0], [3.0]]])).numpy().tolist()
     [[3.0]]
     """
 
+    def __init__(self, keepdims: bool = False, ignore_mask: bool = False, **options: Any) -> None:
+        super().__init__(keepdims, **options)
+        self.ignore_mask = bool(ignore_mask)
+
     def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         """The maximum of each feature."""
-        if mask is not None:
+        if mask is not None and not self.ignore_mask:
             valid = mask[..., None]
             floor = np.where(valid.any(axis=1, keepdims=True), np.finfo(inputs.dtype).min, 0).astype(
                 inputs.dtype

@@ -30,6 +30,9 @@ class Recurrent(Layer):
     Arguments:
         units: size of the output (unless it is projected) and of each state.
         use_bias: whether there is a bias.
+        split_bias: keep the bias in two rows (2, gates * units), the input's and the recurrent one, which are added
+            up, as PyTorch and ONNX have it; models from there come with it. Both rows learn, so that their sum moves
+            twice as far. A GRU with `reset_after` has two rows anyway.
         kernel_initializer, recurrent_initializer, bias_initializer: see `numlstm.initializers`.
         kernel_regularizer, recurrent_regularizer, bias_regularizer, activity_regularizer: see
             `numlstm.regularizers`.
@@ -72,6 +75,7 @@ class Recurrent(Layer):
         units: int,
         *,
         use_bias: bool = True,
+        split_bias: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         recurrent_initializer: Any = "orthogonal",
         bias_initializer: Any = "zeros",
@@ -100,6 +104,9 @@ class Recurrent(Layer):
         super().__init__(**options)
         self.units = positive("units", units)
         self.use_bias = bool(use_bias)
+        self.split_bias = bool(split_bias)
+        if self.split_bias and not self.use_bias:
+            raise ValueError("split_bias: expected False where use_bias is False, got True")
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.recurrent_initializer = initializers.get(recurrent_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
@@ -217,10 +224,10 @@ class Recurrent(Layer):
         )
 
     def build_bias(self, width: int) -> Variable:
-        """The bias, `(width,)` unless the layer says otherwise; a gate of it may start apart."""
+        """The bias, `(width,)`, or in two rows; a gate of it may start apart."""
         initializer, special = self.bias_initializer, self.special_bias()
         if special is None:
-            return self._bias((width,), initializer)
+            return self._bias((2, width) if self.split_bias else (width,), initializer)
         gate, value = special
         n = self.units
         before = self.cell.gates.index(gate) * n
@@ -230,9 +237,10 @@ class Recurrent(Layer):
                 initializer((size,), dtype) if size else np.zeros(0, dtype)
                 for size in (before, width - n - before)
             ]
-            return np.concatenate([parts[0], np.full(n, value, dtype), parts[1]])
+            whole = np.concatenate([parts[0], np.full(n, value, dtype), parts[1]])
+            return np.stack([whole, initializer((width,), dtype)]) if self.split_bias else whole
 
-        return self._bias((width,), with_special)
+        return self._bias((2, width) if self.split_bias else (width,), with_special)
 
     def special_bias(self) -> tuple[str, float] | None:
         """A gate whose bias starts at a value of its own, and the value."""
@@ -257,7 +265,7 @@ class Recurrent(Layer):
 
     def biases(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The bias of all gates, and biases that the cell takes as parameters."""
-        return self.bias, {}
+        return self.bias[0] + self.bias[1] if self.split_bias else self.bias, {}
 
     def recurrent_weights(self, thinned: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The matrix of the recurrent product, and recurrent weights that the cell takes as parameters."""
@@ -608,7 +616,8 @@ class LSTM(Projected):
 
     def biases(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The bias of all gates, and that of the normalised cell where it is not a weight."""
-        return self.bias, {"b_c": self._zeros((self.units,))} if self.layer_norm else {}
+        bias, others = super().biases()
+        return bias, others | ({"b_c": self._zeros((self.units,))} if self.layer_norm else {})
 
 
 class GRU(Recurrent):
@@ -671,7 +680,7 @@ class GRU(Recurrent):
         """Both biases added up, but for the candidate's recurrent one, which the reset gate multiplies."""
         n = self.units
         if not self.reset_after:
-            return self.bias, {}
+            return super().biases()
         if self.bias is None:
             return None, {"b_n": self._zeros((n,))}
         recurrent = self.bias[1]

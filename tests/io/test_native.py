@@ -293,3 +293,20 @@ def test_a_file_that_is_not_there(tmp_path):
         nl.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="a folder"):
         nl.load(tmp_path)
+
+
+def test_a_weight_without_axes_comes_back(tmp_path):
+    class Looks(nl.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.attention = nl.Attention(use_scale=True, score_mode="concat")
+
+        def call(self, x):
+            return self.attention([x, x])
+
+    model = Looks()
+    y = model(X).numpy()
+    model.save(tmp_path / "m.safetensors")
+    again = nl.io.load_model(tmp_path / "m.safetensors", custom_objects={"Looks": Looks})
+    assert again(X).numpy().tobytes() == y.tobytes()
+    assert [w.shape for w in again.weights] == [(), ()]

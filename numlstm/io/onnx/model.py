@@ -224,10 +224,10 @@ class OnnxModel(Model):
         return joined if len(joined) > 1 else joined[0]
 
     @contextmanager
-    def _running(self, chunk: int | None) -> Iterator[None]:
+    def _running(self, chunk: int | None, data: Any = None) -> Iterator[None]:
         if chunk:
             raise ValueError("bptt_steps: the states inside a graph can't be carried from piece to piece")
-        with super()._running(None):
+        with super()._running(None, data):
             yield
 
     # Shapes

@@ -21,6 +21,8 @@ import numpy as np
 
 from numlstm import activations, ops
 from numlstm.autograd import Tensor, apply
+from numlstm.io import conversion
+from numlstm.io.conversion import gate_columns, gate_rows
 from numlstm.kernels import cells
 from numlstm.kernels.derive import Cell
 from numlstm.layers import GRU, LSTM, IndRNN, SimpleRNN
@@ -42,8 +44,7 @@ __all__ = [
 
 Array = np.ndarray
 
-# The gates in the order of ONNX's rows (i o f c, z r h, and the one of RNN), by their letters here.
-GATES = {"LSTM": "iofg", "GRU": "zrn", "RNN": "a"}
+GATES = conversion.GATES["onnx"]
 PEEPHOLES = "iof"
 
 
@@ -84,40 +85,12 @@ WEIGHTS = ("W", "R", "B", "P")
 _DTYPES = ("float32", "float64")
 
 
-def gate_columns(rows: Array, order: str, gates: Sequence[str]) -> Array:
-    """Weights with ONNX's gate rows as the columns of a kernel here.
-
-    Arguments:
-        rows: (G * H, ...), gate after gate in ONNX's order.
-        order: that order, by the letters here: a value of `GATES`.
-        gates: the gates wanted, in the order of the columns; those left out are not used (a coupled gate).
-
-    Returns (..., len(gates) * H), C-contiguous.
-
-    >>> gate_columns(np.array([[1], [2], [3], [4]]), GATES["LSTM"], "ifgo")
-    array([[1, 3, 4, 2]])
-    """
-    return _columns(Tensor(rows), order, gates).numpy()
-
-
 def _columns(rows: Tensor, order: str, gates: Sequence[str]) -> Tensor:
     """`gate_columns` of a tensor, which a tape can follow."""
     units = rows.shape[0] // len(order)
     blocks = [rows[k * units : (k + 1) * units] for k in map(order.index, gates)]
     turned = ops.transpose(ops.concatenate(blocks, axis=0))
     return apply(np.ascontiguousarray(turned.data), (turned, lambda dy: dy))
-
-
-def gate_rows(columns: Array, gates: Sequence[str], order: str) -> Array:
-    """The inverse of `gate_columns`: (..., len(gates) * H) as (G * H, ...) in ONNX's order; a gate that is not
-    among `gates` gets zeros.
-
-    >>> gate_rows(np.array([[1, 3, 4, 2]]), "ifgo", GATES["LSTM"]).ravel()
-    array([1, 2, 3, 4])
-    """
-    blocks = dict(zip(gates, np.split(columns.T, len(gates)), strict=True))
-    missing = np.zeros_like(next(iter(blocks.values())))
-    return np.concatenate([blocks.get(gate, missing) for gate in order])
 
 
 def activation_names(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from numlstm import activations
+from numlstm.graph import Graph
 from numlstm.io.onnx.exporter import Builder, Input, Mask, Value, refuse, writer
 from numlstm.io.onnx.model import OnnxModel
 from numlstm.io.onnx.recurrent import ACTIVATIONS, WEIGHTS, activation_parameters
@@ -39,6 +40,7 @@ from numlstm.layers import (
 )
 from numlstm.models import Sequential
 
+from . import writers_graph as writers_graph
 from . import writers_recurrent as writers_recurrent  # they enter themselves
 
 __all__ = ["inputs_of", "takes_ids", "write_graph"]
@@ -46,6 +48,8 @@ __all__ = ["inputs_of", "takes_ids", "write_graph"]
 
 def inputs_of(model: Layer) -> list[Input]:
     """What a model or layer is called on. Raises ValueError for inputs by name."""
+    if isinstance(model, Graph):
+        return writers_graph.inputs_of_graph(model)
     shapes = model.build_shape
     if isinstance(shapes, dict):
         raise ValueError(f"{model.name}: a model of inputs by name can't be written as ONNX")
@@ -279,7 +283,7 @@ def _average(b: Builder, layer: GlobalAveragePooling1D, x: Value) -> list[Value]
 @writer(GlobalMaxPooling1D)
 def _maximum(b: Builder, layer: GlobalMaxPooling1D, x: Value) -> list[Value]:
     shape = layer.compute_output_shape(x.shape)
-    if x.mask is None or getattr(layer, "ignore_mask", False):  # as models from Keras have it
+    if x.mask is None or layer.ignore_mask:  # as models from Keras have it
         return [Value(b.reduce("ReduceMax", x.name, 1, layer.keepdims), shape)]
     kept = b.unsqueeze(x.mask.steps, 2)
     seen = b.node("Where", kept, x.name, b.constant(np.finfo(b.dtype).min))
