@@ -7,6 +7,9 @@
 
 __version__ = "0.1.0"
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from numlstm import (
     activations,
     backend,
@@ -148,3 +151,9 @@ __all__ = [
     "use_backend",
     "where",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "estimators":  # it imports scikit-learn
+        return _importlib.import_module("numlstm.estimators")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

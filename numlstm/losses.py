@@ -7,7 +7,7 @@ multiply the values, not the number (Keras' `sum_over_batch_size`). Strings name
 TensorFlow.js' spellings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "MeanAbsolutePercentageError",
     "MeanSquaredError",
     "MeanSquaredLogarithmicError",
+    "Pinball",
     "Poisson",
     "SparseCategoricalCrossentropy",
     "SquaredHinge",
@@ -589,6 +590,67 @@ class Poisson(Loss):
 
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         return poisson(y_true, y_pred)
+
+
+@_registry.register("quantile")
+class Pinball(Loss):
+    """Outputs learn quantiles of the target: of `error = y_true - y_pred`, `max(q * error, (q - 1) * error)`.
+
+    It is least in the mean where a share q of the targets lies below the output (Koenker & Bassett 1978, "Regression
+    quantiles"). For each of the n targets in the last axis the model has one output a quantile, side by side: `y_true`
+    (..., n), `y_pred` (..., n * outputs).
+
+    Arguments:
+        quantiles: numbers between 0 and 1.
+        point: also, before the quantiles, an output for one value: "mse" (which learns the mean), "mae" (the median)
+            or "huber"; None for none. Its loss is added to the quantiles' mean.
+
+    Raises ValueError for quantiles outside 0 to 1 or none at all, another `point`, shapes that do not fit.
+
+    >>> float(Pinball([0.75])([[1.0]], [[0.0]])), float(Pinball([0.75])([[0.0]], [[1.0]]))  # below, above the truth
+    (0.75, 0.25)
+    >>> float(Pinball([0.1, 0.9], point="mse")([[2.0]], [[0.0, 2.0, 2.0]]))
+    4.0
+    """
+
+    def __init__(
+        self,
+        quantiles: Sequence[float] = (0.5,),
+        point: str | None = None,
+        reduction: Reduction = "sum_over_batch_size",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(reduction, name)
+        self.quantiles = [float(q) for q in np.atleast_1d(np.asarray(quantiles, np.float64))]
+        if not self.quantiles or not all(0 < q < 1 for q in self.quantiles):
+            raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantiles!r}")
+        if point not in (None, *_POINTS):
+            raise ValueError(f"point: expected one of {', '.join(_POINTS)} or None, got {point!r}")
+        self.point = point
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        first = 0 if self.point is None else 1
+        width = first + len(self.quantiles)
+        truth = np.asarray(y_true.data if isinstance(y_true, Tensor) else y_true, y_pred.dtype)
+        if truth.ndim == y_pred.ndim - 1:
+            truth = truth[..., None]
+        if (*truth.shape[:-1], truth.shape[-1] * width) != y_pred.shape:
+            raise ValueError(
+                f"y: targets of shape {truth.shape} came for predictions of shape {y_pred.shape}; "
+                f"expected {width} outputs a target"
+            )
+        outputs = y_pred.reshape((*truth.shape, width))
+        shares = np.array(self.quantiles, y_pred.dtype)
+        error = truth[..., None] - outputs[..., first:]
+        values = ops.mean(ops.maximum(shares * error, (shares - 1) * error), axis=(-2, -1))
+        return values if self.point is None else values + _POINTS[self.point](truth, outputs[..., 0])
+
+
+_POINTS: dict[str, Callable[[Any, Any], Tensor]] = {
+    "mse": mean_squared_error,
+    "mae": mean_absolute_error,
+    "huber": huber,
+}
 
 
 @_registry.register("cosine_proximity", "cosine")

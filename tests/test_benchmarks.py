@@ -604,6 +604,7 @@ def test_spike_streams_tell_the_extra_step(root):
         ("adding", "adding", "--length 40 --units 24 --steps 300 --every 50 --validation 64 --test 200"),
         ("spike_delays", "spike-delays", "--tasks 4,2 --runs 1 --steps 600 --test-spikes 20"),
         ("gradient_by_step", "gradient-by-step", "--steps 60 --units 16 --batch 4"),
+        ("forecasting", "forecasting", "--epochs 60"),
     ],
 )
 def test_the_papers_tasks_run_learn_and_are_written_down(root, tmp_path, script, name, arguments, capsys):
@@ -621,6 +622,11 @@ def test_the_papers_tasks_run_learn_and_are_written_down(root, tmp_path, script,
         assert lstm["test_mse"] < elman["test_mse"]
     elif script == "spike_delays":
         assert [(s["side"], s["solved"]) for s in report["summary"]] == [("plain", 1), ("peephole", 1)]
+    elif script == "forecasting":
+        ahead = report["results"][0]  # without the file of the other series
+        assert [r["source"] for r in report["results"]] == ["sunspots"] * 2
+        assert ahead["errors"]["LSTM"]["rmse"] < 0.8 * ahead["errors"]["last value"]["rmse"]
+        assert 0.4 < ahead["coverage"]["0.8"] <= ahead["coverage"]["0.9"] <= 1
     else:
         weak, strong, usual, open_gate = (n["relative"][0] for n in report["networks"])
         assert weak < 1e-8 < usual < 1e-2 < open_gate < 1e3 < strong
@@ -635,8 +641,108 @@ def test_papers_scripts_refuse_wrong_sizes(root, capsys):
         assert "steps" in capsys.readouterr().err
 
 
+def nab_corpus():
+    """Two series of 500 rows, 75 of them probation; three windows, one of which begins in the probation."""
+    from benchmarks.papers.nab import Series
+
+    return [Series("a", np.zeros(500), [(50, 79), (200, 219)]), Series("b", np.zeros(500), [(300, 309)])]
+
+
+def test_nabs_scores_are_those_of_its_rules(root):
+    from benchmarks.papers import nab
+
+    corpus = nab_corpus()
+    silent = [np.zeros(500), np.zeros(500)]
+    perfect = [np.zeros(500), np.zeros(500)]
+    perfect[0][[75, 200]] = perfect[1][300] = 1.0  # 75: the first row of its window that counts
+    for weights in nab.PROFILES.values():
+        assert nab.score(corpus, silent, weights).score == 0
+    early = nab.scaled_sigmoid(-5 / 30) / nab.scaled_sigmoid(
+        -1
+    )  # what row 75, five from its window's end, is worth
+    for true, false, missed in nab.PROFILES.values():
+        expected = 100 * (2 + early + 3 * missed) / (3 + 3 * missed)
+        assert nab.score(corpus, perfect, (true, false, missed)).score == pytest.approx(expected)
+    whole = [nab.Series("c", np.zeros(500), [(200, 219)])]
+    first = np.zeros(500)
+    first[200] = 1.0
+    assert nab.score(whole, [first], nab.PROFILES["standard"]) == (100.0, 1.0, 1, 0)
+    # a second detection in the window earns nothing; one right behind it costs little, one before it the whole price
+    for row, cost in [(210, 0.0), (220, -nab.scaled_sigmoid(1 / 19)), (100, 1.0), (499, 1.0)]:
+        also = first.copy()
+        also[row] = 1.0
+        found = nab.score(whole, [also], nab.PROFILES["standard"])
+        assert found.score == pytest.approx(100 * (2 - 0.11 * cost) / 2), row
+    also[:75] = 1.0  # nothing in the probation counts
+    assert nab.score(whole, [also], nab.PROFILES["standard"]) == found
+    with pytest.raises(ValueError, match="scores of c: expected 500 numbers from 0 to 1"):
+        nab.score(whole, [first * 2], nab.PROFILES["standard"])
+
+
+def test_nabs_best_threshold_is_found(root):
+    """Against scores computed threshold by threshold."""
+    from benchmarks.papers import nab
+
+    corpus, draw = nab_corpus(), np.random.default_rng(0)
+    given = [np.round(draw.random(500), 2), np.round(draw.random(500), 2)]
+    given[0][205] = given[1][300] = 0.995
+    for weights in nab.PROFILES.values():
+        best = max(
+            nab.score(corpus, [(g >= t).astype(float) for g in given], weights).score
+            for t in np.arange(0.0, 1.01, 0.005)
+        )
+        assert nab.score(corpus, given, weights).score == pytest.approx(best)
+
+
+def test_nab_runs_on_a_small_corpus(root, tmp_path, capsys):
+    from benchmarks.papers import nab
+    from numlstm.kernels.cpu import threads
+
+    draw = np.random.default_rng(0)
+    times = np.datetime64("2020-01-01T00:00:00") + np.arange(400) * np.timedelta64(300, "s")
+    (tmp_path / "made").mkdir()
+    labels = {}
+    for name in ("made/one.csv", "made/two.csv"):
+        values = np.sin(np.arange(400) / 5) + draw.normal(size=400) * 0.05
+        values[250:256] += 4
+        rows = [f"{str(t).replace('T', ' ')},{v:.5f}" for t, v in zip(times, values, strict=True)]
+        (tmp_path / name).write_text("timestamp,value\n" + "\n".join(rows) + "\n")
+        labels[name] = [[str(t).replace("T", " ") + ".000000" for t in times[[245, 265]]]]
+    (tmp_path / "combined_windows.json").write_text(json.dumps(labels))
+    arguments = [str(tmp_path), "--steps", "20", "--units", "8", "--jobs", "1", "--json"]
+    arguments += ["--out", str(tmp_path / "out")]
+    before = threads.get_num_threads()
+    try:
+        assert nab.main(arguments) == 0
+    finally:
+        threads.set_num_threads(before)
+    report = json.loads(capsys.readouterr().out)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"nab.json", "nab.png"}
+    scores = {r["name"]: r["standard"]["score"] for r in report["results"]}
+    assert scores["null"] == 0 and scores["LSTM"] > 80 and report["windows"] == 2
+    with pytest.raises(SystemExit):
+        nab.main([str(tmp_path / "made")])
+    assert "no combined_windows.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    "NUMLSTM_DATA" not in os.environ,
+    reason="NUMLSTM_DATA names no folder that holds nab/, the benchmark's data",
+)
+def test_nab_gives_the_windowed_gaussian_its_published_score(root):
+    from benchmarks.papers import nab
+
+    corpus = nab.read_corpus(Path(os.environ["NUMLSTM_DATA"]) / "nab")
+    given = [nab.windowed_gaussian(series.values) for series in corpus]
+    # results/final_results.json of numenta/NAB
+    published = {"standard": 39.6495235, "reward_low_FP_rate": 20.8679858, "reward_low_FN_rate": 47.4100272}
+    for profile, expected in published.items():
+        assert nab.score(corpus, given, nab.PROFILES[profile]).score == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize(
-    "module", ["options", "papers.adding", "papers.spike_delays", "papers.gradient_by_step"]
+    "module",
+    ["options", "papers.adding", "papers.spike_delays", "papers.gradient_by_step", "papers.nab"],
 )
 def test_examples_in_docstrings(root, module):
     import doctest

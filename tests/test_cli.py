@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -553,3 +554,78 @@ def test_inspect_arrays_and_tables(capsys, tmp_path):
         (("nowhere.npy",), "no file 'nowhere.npy'"),
     ):
         assert message in refused(capsys, "inspect", "m.safetensors", *arguments)
+
+
+# ------------------------------------------------------------------------------- scikit-learn estimators
+
+
+@pytest.fixture
+def sequences_file(tmp_path):
+    """Waves that rise and waves that fall, of unequal lengths."""
+    pytest.importorskip("sklearn", reason="the estimators need scikit-learn (extra: sklearn)")
+    random = np.random.default_rng(0)
+    lengths = random.integers(6, 12, 60)
+    y = np.array(["rise", "fall"] * 30)
+    x = np.zeros((60, 12, 2), np.float32)
+    for row, length, label in zip(x, lengths, y, strict=True):
+        row[:length, 0] = (
+            np.arange(length) * (1 if label == "rise" else -1) + random.normal(size=length) * 0.3
+        )
+    path = tmp_path / "moves.npz"
+    np.savez(path, x=x, y=y, lengths=lengths)
+    return path
+
+
+def test_classify_judges_on_what_it_never_saw_and_is_used_afterwards(sequences_file, capsys):
+    options = ["--units", "8", "--epochs", "15", "--learning-rate", "0.02", "--balanced", "--out", "c"]
+    result = call_json(capsys, "train", "classify", sequences_file, *options)
+    assert result["test"]["sequences"] == 12 and result["test"]["accuracy"] == 1.0
+    assert result["test"]["commonest"] == 0.5 and set(result["test"]["recall"]) == {"rise", "fall"}
+    assert json.loads(Path("c/run.json").read_text())["finished"]
+    again = call_json(capsys, "train", "classify", sequences_file, *options, "--overwrite")
+    assert again["test"] == result["test"]
+    judged = call_json(capsys, "evaluate", "c/model.safetensors", sequences_file)
+    assert judged["sequences"] == 60 and judged["accuracy"] > 0.95
+    predicted = call_json(capsys, "predict", "c/model.safetensors", sequences_file, "--out", "p.csv")
+    assert (
+        predicted["columns"] == ["sequence", "class", "p(fall)", "p(rise)"] and len(predicted["rows"]) == 60
+    )
+    assert Path("p.csv").read_text().splitlines()[0] == "sequence,class,p(fall),p(rise)"
+
+
+def test_detect_lists_the_rows_that_are_unlike_the_rest(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the estimators need scikit-learn (extra: sklearn)")
+    load = np.sin(np.arange(400) / 3)
+    load[300] += 3
+    lines = [f"{minute},{'' if minute == 50 else value},7" for minute, value in enumerate(load)]
+    path = tmp_path / "load.csv"
+    path.write_text("\n".join(["time,load,rpm", *lines]) + "\n")
+    options = ["--units", "8", "--epochs", "10", "--learning-rate", "0.02", "--learn", "0.6", "--out", "d"]
+    result = call_json(capsys, "train", "detect", path, *options)
+    assert result["columns"] == ["load", "rpm"] and result["learned_rows"] == 240
+    assert result["anomalies"][0]["row"] == 301 and result["anomalies"][0]["time"] == "300.0"
+    assert any("1 missing of 400" in note for note in result["notes"])
+    rows = Path("d/anomalies.csv").read_text().splitlines()
+    assert rows[0] == "time,load,rpm,surprise,abnormal" and len(rows) == 401 and rows[301].endswith(",1")
+    assert os.path.getsize("d/anomalies.png") > 5000
+    found = call_json(capsys, "evaluate", "d/model.safetensors", path)
+    assert [one["row"] for one in found["anomalies"]] == [one["row"] for one in result["anomalies"]]
+    table = call_json(capsys, "predict", "d/model.safetensors", path)
+    assert table["columns"] == ["time", "surprise", "abnormal"] and table["rows"][300][2] == 1
+    assert "no column 'speed'" in refused(capsys, "train", "detect", path, "--columns", "load,speed")
+
+
+def test_what_classify_and_detect_refuse(sequences_file, tmp_path, capsys):
+    np.savez(tmp_path / "bare.npz", x=np.ones((4, 3)))
+    assert "must hold x, y" in refused(capsys, "train", "classify", "bare.npz")
+    np.savez(tmp_path / "one.npz", x=np.ones((4, 3)), y=np.array([0, 0, 0, 1]))
+    assert "--test 0.2" in refused(capsys, "train", "classify", "one.npz")
+    np.savez(tmp_path / "long.npz", x=np.ones((4, 3)), y=np.zeros(4), lengths=np.array([1, 2, 3, 4]))
+    assert "lengths must be 4 integers from 1 to 3" in refused(capsys, "train", "classify", "long.npz")
+    assert "--units" in refused(capsys, "train", "classify", sequences_file, "--units", "many")
+    assert "no file" in refused(capsys, "train", "classify", "none.npz")
+    (tmp_path / "words.csv").write_text("a,b\nx,y\nz,w\n")
+    assert "no numeric column" in refused(capsys, "train", "detect", "words.csv")
+    regressor = nl.estimators.LSTMRegressor(units=2, epochs=1).fit(np.ones((4, 3)), np.arange(4.0))
+    regressor.save(tmp_path / "r.safetensors")
+    assert "used from Python" in refused(capsys, "evaluate", "r.safetensors", sequences_file)

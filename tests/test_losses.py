@@ -246,3 +246,36 @@ def test_saved_form_comes_back():
 def test_errors_name_what_is_wrong(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_pinball_is_scikit_learns_and_its_least_value_the_quantile():
+    draw = np.random.default_rng(0)
+    y, p = draw.normal(size=(50, 2)), draw.normal(size=(50, 6))
+    metrics = pytest.importorskip("sklearn.metrics", reason="compares with scikit-learn (extra: sklearn)")
+    shares = [0.1, 0.5, 0.9]
+    expected = np.mean([
+        metrics.mean_pinball_loss(y[:, k], p[:, 3 * k + j], alpha=q) for k in range(2) for j, q in enumerate(shares)
+    ])  # fmt: skip
+    assert float(losses.Pinball(shares)(y, p)) == pytest.approx(expected, rel=1e-6)
+    sample = draw.exponential(size=(2001, 1))
+    guesses = np.sort(sample[:, 0])
+    found = [float(losses.Pinball([0.8])(sample, np.full((2001, 1), g))) for g in guesses[::20]]
+    assert guesses[::20][np.argmin(found)] == pytest.approx(np.quantile(sample, 0.8), rel=0.02)
+
+
+def test_pinball_beside_a_point_forecast():
+    y, p = np.array([[1.0], [2.0]]), np.array([[3.0, 0.0], [2.0, 2.0]])  # the point, then one quantile
+    for point, first in (("mse", 4.0), ("mae", 2.0), ("huber", 1.5)):
+        np.testing.assert_allclose(
+            losses.Pinball([0.5], point=point).call(y, Tensor(p)).numpy(), [first + 0.5, 0]
+        )
+    again = losses.get(losses.serialize(losses.Pinball([0.25, 0.75], point="mae")))
+    assert again.get_config()["quantiles"] == [0.25, 0.75] and again.point == "mae"
+    for build, words in [
+        (lambda: losses.Pinball([0.5, 1.0]), "quantiles: expected numbers between 0 and 1"),
+        (lambda: losses.Pinball([]), "quantiles: expected"),
+        (lambda: losses.Pinball([0.5], point="max"), "point: expected one of mse, mae, huber or None"),
+        (lambda: losses.Pinball([0.1, 0.9])(y, np.ones((2, 3))), "expected 2 outputs a target"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            build()

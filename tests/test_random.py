@@ -63,3 +63,32 @@ def test_a_foreign_state_is_refused(state):
         random.set_state(state)
     with pytest.raises(ValueError, match=r"state\['stream'\]: -1 came"):
         random.set_state({"seed": 1, "stream": -1})
+
+
+def test_within_a_seed_nothing_outside_is_drawn_from():
+    random.set_seed(3)
+    random.generator()
+    before = random.get_state()
+    with random.within(7):
+        assert random.get_state() == {"seed": 7, "stream": 0}
+        inner = random.generator().random()
+        with random.within(7):
+            assert random.generator().random() == inner
+        assert random.get_state()["stream"] == 1
+        random.set_seed(9)  # inside, this is about the inside
+        assert random.seed() == 9
+    assert random.get_state() == before
+    with pytest.raises(ValueError, match="seed: -1 came"), random.within(-1):
+        pass
+
+
+def test_threads_within_their_seeds_do_not_share_numbers():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def draw(seed):
+        with random.within(seed):
+            return [random.generator().random() for _ in range(200)]
+
+    expected = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(4))) == expected

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from numlstm.cli import convert, forecast, inspect, text, tools, warmup
+from numlstm.cli import convert, estimators, forecast, inspect, text, tools, warmup
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,8 @@ app = typer.Typer(
 train = typer.Typer(help="Train a model on a file of yours.", rich_markup_mode=None)
 train.command("text")(text.train_text)
 train.command("forecast")(forecast.train_forecast)
+train.command("classify")(estimators.train_classify)
+train.command("detect")(estimators.train_detect)
 
 app.command("demo")(text.demo)
 app.add_typer(train, name="train")

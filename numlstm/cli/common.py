@@ -282,6 +282,24 @@ def load_model(path: Path, kind: str | None = None) -> tuple[Any, dict[str, Any]
     return model, preprocessing
 
 
+def read_arrays(file: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, or a .npy file's as `x`; never unpickles."""
+    path = Path(file)
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"this model takes arrays: a .npz file with x (and y), or a .npy file; got {file}")
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            arrays = dict(loaded) if path.suffix == ".npz" else {"x": loaded}
+    except FileNotFoundError:
+        raise ValueError(f"no file {file!r}") from None
+    except Exception as error:  # a damaged archive raises half a dozen kinds
+        raise ValueError(f"{file} holds no readable arrays: {error}") from None
+    if "x" not in arrays:
+        raise ValueError(f"{file} has no array x; it holds: {', '.join(arrays) or 'nothing'}")
+    return arrays
+
+
 def duration(seconds: float) -> str:
     """Seconds for people.
 

@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from numlstm.cli import forecast, text
-from numlstm.cli.common import Backend, Json, Seed, command, load_model
+from numlstm.cli.common import Backend, Json, Seed, command, load_model, read_arrays
 
 if TYPE_CHECKING:
     from numlstm.models import Model
@@ -195,7 +195,7 @@ def _arrays(
     y: bool,
 ) -> _Input:
     """Arrays: x (batch, time, features) or (time, features), or the numeric columns of a table."""
-    from numlstm.cli.tools import array_options, read_arrays
+    from numlstm.cli.tools import array_options
     from numlstm.data.tables import read_csv
 
     notes: list[str] = []

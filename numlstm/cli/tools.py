@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from numlstm.cli import forecast, text
-from numlstm.cli.common import Backend, Json, Seed, command, load_model
+from numlstm.cli import estimators, forecast, text
+from numlstm.cli.common import Backend, Json, Seed, command, load_model, read_arrays
 
 if TYPE_CHECKING:
     from numlstm.models import Model
+
+KIND = "estimator"  # as numlstm.estimators.files has it, which would import scikit-learn
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (.safetensors).")]
 InputFile = Annotated[str, typer.Argument(metavar="FILE", help="Text, CSV table, or arrays (.npz, .npy).")]
@@ -45,6 +47,8 @@ def evaluate(
             result |= text.judge_file(trained, preprocessing, file)
         elif kind == forecast.KIND:
             result |= forecast.judge_file(trained, preprocessing, file)
+        elif kind == KIND:
+            result |= estimators.judge_file(model, preprocessing, file)
         else:
             result |= _evaluate_arrays(trained, file)
 
@@ -80,6 +84,10 @@ def predict(
             header, rows = forecast.forecast_rows(trained, preprocessing, file, every=every)
             _write_table(header, rows, out)
             result |= {"columns": header, "rows": rows}
+        elif kind == KIND:
+            header, rows = estimators.predict_file(model, preprocessing, file)
+            _write_table(header, rows, out)
+            result |= {"columns": header, "rows": rows}
         else:
             result |= _predict_arrays(trained, file, out, as_json)
         if out is not None:
@@ -98,24 +106,6 @@ def _write_table(header: list[str], rows: list[list[Any]], out: Path | None) -> 
         print(lines.getvalue(), end="")
     else:
         write_text(out, lines.getvalue())
-
-
-def read_arrays(file: str) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, or a .npy file's as `x`; never unpickles."""
-    path = Path(file)
-    if path.suffix not in (".npz", ".npy"):
-        raise ValueError(f"this model takes arrays: a .npz file with x (and y), or a .npy file; got {file}")
-    try:
-        with path.open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            arrays = dict(loaded) if path.suffix == ".npz" else {"x": loaded}
-    except FileNotFoundError:
-        raise ValueError(f"no file {file!r}") from None
-    except Exception as error:  # a damaged archive raises half a dozen kinds
-        raise ValueError(f"{file} holds no readable arrays: {error}") from None
-    if "x" not in arrays:
-        raise ValueError(f"{file} has no array x; it holds: {', '.join(arrays) or 'nothing'}")
-    return arrays
 
 
 def array_options(arrays: dict[str, np.ndarray], names: tuple[str, ...], file: str) -> dict[str, np.ndarray]:

@@ -461,8 +461,10 @@ class _Dense:
             block = array[rows, span]
         elif type(rows) is slice:
             block = array[rows]
+        elif array.flags.c_contiguous:
+            block = array.take(rows, axis=0)  # the quickest; of a view it would first copy all of it
         else:
-            block = array.take(rows, axis=0)
+            block = np.ascontiguousarray(array[rows])
         if not self.exact:
             block = _cast(self.name, block, self.dtype, rows)
         elif self.lazy or span is not None:

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["KINDS", "available", "forecast_figure", "learning_curve", "panels", "save", "whole_numbers"]
+__all__ = [
+    "KINDS",
+    "anomaly_figure",
+    "available",
+    "forecast_figure",
+    "learning_curve",
+    "panels",
+    "save",
+    "whole_numbers",
+]
 
 # Okabe and Ito's palette: told apart by people with every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
@@ -75,6 +84,39 @@ def learning_curve(
     axes.set(title=title, xlabel="epoch", ylabel=unit)
     whole_numbers(axes.xaxis)
     axes.legend(frameon=False)
+    return figure
+
+
+def anomaly_figure(
+    times: np.ndarray,
+    values: np.ndarray,
+    surprise: np.ndarray,
+    abnormal: np.ndarray,
+    *,
+    names: Sequence[str],
+    time_name: str,
+    most: int = 4,
+) -> Figure:
+    """The first `most` columns of `values` (N, F) with the rows `abnormal` (M,) marked, and the surprise (N,) below.
+
+    Raises:
+        ValueError: arrays that do not fit together.
+        ImportError: matplotlib is not installed.
+    """
+    if values.ndim != 2 or not len(times) == len(values) == len(surprise) or len(names) != values.shape[1]:
+        raise ValueError(
+            f"times, values (N, F), surprise (N,) and F names must fit; got {len(times)}, {values.shape}, "
+            f"{surprise.shape}, {len(names)} names"
+        )
+    shown = min(most, values.shape[1])
+    figure, axes = panels(shown + 1, 9.0, 2.0 * (shown + 1))
+    for axis, name, column in zip(axes, names, values.T, strict=False):
+        axis.plot(times, column, color="black", linewidth=0.8)
+        axis.plot(times[abnormal], column[abnormal], "o", color=ORANGE, markersize=4, label="abnormal")
+        axis.set(ylabel=name)
+    axes[0].legend(frameon=False)
+    axes[shown].plot(times, surprise, color=BLUE, linewidth=0.8)
+    axes[shown].set(ylabel="surprise", xlabel=time_name)
     return figure
 
 

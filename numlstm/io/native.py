@@ -7,12 +7,13 @@ ValueError that says so.
 """
 
 import importlib
+import io
 import json
 import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -49,12 +50,24 @@ def save_model(
         ValueError: another file ending than .safetensors, a model that is not built or can't be described as
             JSON.
     """
+    if Path(path).suffix != SUFFIX:
+        raise ValueError(f"path: models are saved as {SUFFIX} files, got {str(path)!r}")
+    content = model_bytes(model, path, include_optimizer=include_optimizer, preprocessing=preprocessing)
+    write_bytes(path, content)
+
+
+def model_bytes(
+    model: "Model",
+    name: str | os.PathLike[str] = "the model",
+    *,
+    include_optimizer: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> bytes:
+    """What `save_model` writes into the file, which `name` calls in errors. Raises as it does."""
     import safetensors.numpy
 
     from numlstm.quantization import quantized_weights
 
-    if Path(path).suffix != SUFFIX:
-        raise ValueError(f"path: models are saved as {SUFFIX} files, got {str(path)!r}")
     if not model.built:
         raise ValueError(
             f"{model.name} is not built, so it has no weights to save: give input_shape, or call it once"
@@ -70,7 +83,7 @@ def save_model(
     if include_optimizer:
         description["optimizer"], slots = _optimizer_state(model)
         tensors |= {f"optimizer/{name}": np.asarray(a, order="C") for name, a in slots.items()}
-    write_bytes(path, safetensors.numpy.save(tensors, metadata={"numlstm": _json(description, path)}))
+    return safetensors.numpy.save(tensors, metadata={"numlstm": _json(description, name)})
 
 
 def load_model(
@@ -97,6 +110,23 @@ def load_model(
     True
     """
     description, tensors = read_file(path)
+    return _model(description, tensors, path, custom_objects, compile)
+
+
+def model_from_bytes(content: bytes) -> "Model":
+    """The model that `model_bytes` was given. Raises ValueError as `load_model`."""
+    source = "the model's bytes"
+    description, tensors = _read(io.BytesIO(content), len(content), source)
+    return _model(description, tensors, source, None, True)
+
+
+def _model(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    path: str | os.PathLike[str],
+    custom_objects: Mapping[str, Any] | None,
+    compile: bool,
+) -> "Model":
     from numlstm.models import Model  # also makes Sequential known
     from numlstm.quantization import hold_int8
 
@@ -139,12 +169,24 @@ def _make_known(saved: Any) -> None:
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Description and tensors of a model file. Raises as `load_model`."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, expected a {SUFFIX} file")
+    with path.open("rb") as file:
+        return _read(file, path.stat().st_size, path)
+
+
+def _read(
+    file: BinaryIO, size: int, path: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`read_file` of an open file of `size` bytes that people know as `path`."""
     import safetensors
     import safetensors.numpy
 
-    header = _header(Path(path))
+    header = _header(file, size, path)
+    file.seek(0)
     try:
-        tensors = safetensors.numpy.load_file(path)
+        tensors = safetensors.numpy.load(file.read())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     text = (header.get("__metadata__") or {}).get("numlstm")
@@ -194,11 +236,11 @@ def _optimizer_state(model: "Model") -> tuple[dict[str, Any], dict[str, np.ndarr
     return state, {name: np.asarray(a) for name, a in state.pop("slots").items()}
 
 
-def _json(description: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
+def _json(description: Mapping[str, Any], name: str | os.PathLike[str]) -> str:
     try:
         return json.dumps(description, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the model can't be described as JSON: {error}") from error
+        raise ValueError(f"{name}: the model can't be described as JSON: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -213,26 +255,22 @@ def _plain(value: Any) -> Any:
 # Reading
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(file: BinaryIO, size: int, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON header of a safetensors file: 8 bytes of its length, then the text; the tensors' bytes
     follow."""
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder, expected a {SUFFIX} file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start, ninth = file.read(8), file.read(1)
-        file.seek(8)
-        for magic, what in _FOREIGN.items():
-            if start.startswith(magic) and not _plausible(start, ninth, size):
-                raise ValueError(f"{path}: {what}, expected a {SUFFIX} file")
-        if size < 8:
-            raise ValueError(f"{path}: cut off, or not a {SUFFIX} file: it has {size} bytes")
-        length = struct.unpack("<Q", start)[0]
-        if length > 100_000_000:  # the format's own limit
-            raise ValueError(f"{path}: not a {SUFFIX} file")
-        if length > size - 8:
-            raise ValueError(f"{path}: cut off: its header should have {length} bytes, the file has {size}")
-        text = file.read(length)
+    start, ninth = file.read(8), file.read(1)
+    file.seek(8)
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic) and not _plausible(start, ninth, size):
+            raise ValueError(f"{path}: {what}, expected a {SUFFIX} file")
+    if size < 8:
+        raise ValueError(f"{path}: cut off, or not a {SUFFIX} file: it has {size} bytes")
+    length = struct.unpack("<Q", start)[0]
+    if length > 100_000_000:  # the format's own limit
+        raise ValueError(f"{path}: not a {SUFFIX} file")
+    if length > size - 8:
+        raise ValueError(f"{path}: cut off: its header should have {length} bytes, the file has {size}")
+    text = file.read(length)
     try:
         header = json.loads(text)
     except ValueError as error:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from numlstm import random
-from numlstm.data.batches import ArrayBatches, Batch, as_batches, cut, pad
+from numlstm.data.batches import ArrayBatches, Batch, _Dense, as_batches, cut, pad
 
 
 def rows(source, **options):
@@ -240,3 +240,14 @@ X = np.zeros((4, 3, 2), np.float32)
 def test_errors_name_what_is_wrong(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_rows_of_a_view_are_gathered_without_copying_all_of_it():
+    """Windows over a table are a view in which every value lies many times; a copy of it would not fit in memory."""
+    table = np.arange(3_000_000, dtype=np.float32).reshape(-1, 2)
+    view = np.lib.stride_tricks.sliding_window_view(table, 100_000, axis=0).transpose(
+        0, 2, 1
+    )  # 1.1 TB if it were whole
+    block = _Dense("x", view, np.dtype(np.float32), lazy=False).take(np.array([1_000_000, 3]))
+    assert block.flags.c_contiguous and block.shape == (2, 100_000, 2)
+    np.testing.assert_array_equal(block[1], table[3:100_003])

@@ -62,6 +62,19 @@ def test_saving(tmp_path):
         plots.save(figure, tmp_path / "c.bmp")
 
 
+def test_anomalies_are_marked():
+    values = np.arange(20.0).reshape(10, 2)
+    figure = plots.anomaly_figure(
+        np.arange(10), values, np.ones(10), np.array([3, 7]), names=["load", "rpm"], time_name="minute"
+    )
+    assert [axes.get_ylabel() for axes in figure.axes] == ["load", "rpm", "surprise"]
+    np.testing.assert_array_equal(figure.axes[1].lines[1].get_ydata(), [7.0, 15.0])
+    with pytest.raises(ValueError, match="must fit; got 10"):
+        plots.anomaly_figure(
+            np.arange(10), values, np.ones(9), np.array([3]), names=["a", "b"], time_name="t"
+        )
+
+
 def test_pictures_that_cannot_be():
     with pytest.raises(ValueError, match="history must hold 'loss'"):
         plots.learning_curve({}, title="t", unit="u")

@@ -310,3 +310,20 @@ def test_a_weight_without_axes_comes_back(tmp_path):
     again = nl.io.load_model(tmp_path / "m.safetensors", custom_objects={"Looks": Looks})
     assert again(X).numpy().tobytes() == y.tobytes()
     assert [w.shape for w in again.weights] == [(), ()]
+
+
+def test_a_model_as_bytes_is_its_file(tmp_path):
+    from numlstm.io.native import model_bytes, model_from_bytes
+
+    model = nl.Sequential([nl.LSTM(4, input_shape=(None, 3)), nl.Dense(1)])
+    model.compile("adam", "mse")
+    model.save(tmp_path / "m.safetensors")
+    content = model_bytes(model)
+    assert content == (tmp_path / "m.safetensors").read_bytes()
+    again = model_from_bytes(content)
+    np.testing.assert_array_equal(again.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert again.get_compile_config() == model.get_compile_config()
+    with pytest.raises(ValueError, match="the model's bytes: cut off"):
+        model_from_bytes(content[:-10])
+    with pytest.raises(ValueError, match="a pickle, which is never read"):
+        model_from_bytes(b"\x80\x04\x95" + bytes(20))
