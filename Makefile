@@ -3,6 +3,7 @@
 #   make test         ruff and the tests
 #   make test-peers   the tests against PyTorch, Keras and ONNX Runtime (installs them)
 #   make test-browser the viewer's page in headless Chromium (which must be there, with chromedriver)
+#   make test-gpu     the kernels for GPUs compiled and checked, without a GPU (installs NVIDIA's compilers)
 # PYTHON=python3.12 picks another interpreter, VENV=... another environment.
 
 VENV ?= .venv
@@ -25,13 +26,13 @@ endif
 RUN := $(BIN)/python
 STAMP = $(RUN) -c "import pathlib; pathlib.Path('$@').touch()"
 
-.PHONY: demo test test-peers test-browser lint format clean
+.PHONY: demo test test-peers test-browser test-gpu lint format clean
 
 demo: $(VENV)/.stamp-demo
 	$(RUN) -m numlstm demo
 
 test: lint
-	$(RUN) -m pytest -m "not peers and not browser" $(PYTEST_ARGS)
+	$(RUN) -m pytest -m "not peers and not browser and not gpu_compile" $(PYTEST_ARGS)
 
 # Keras takes its backend from there when it is imported; the comparison needs gradients, so PyTorch.
 test-peers: export KERAS_BACKEND = torch
@@ -41,6 +42,9 @@ test-peers: $(VENV)/.stamp-peers
 # One process: one browser serves all tests.
 test-browser: $(VENV)/.stamp-browser
 	$(RUN) -m pytest -m browser
+
+test-gpu: $(VENV)/.stamp-gpu
+	$(RUN) -m pytest -m gpu_compile $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(RUN) -m ruff check .
@@ -76,6 +80,10 @@ $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 
 $(VENV)/.stamp-browser: $(VENV)/.stamp-test
 	$(RUN) -m pip install --quiet --editable ".[browser-test]"
+	@$(STAMP)
+
+$(VENV)/.stamp-gpu: $(VENV)/.stamp-test
+	$(RUN) -m pip install --quiet --editable ".[gpu-test]"
 	@$(STAMP)
 
 clean:
