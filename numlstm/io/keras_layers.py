@@ -101,6 +101,12 @@ KINDS: dict[str, Kind] = {
         _L.InputLayer, "batch_shape", fixed={"sparse": False, "ragged": False, "optional": False}, convert=_input
     ),
     "Dense": Kind(_L.Dense, f"units activation use_bias activity_regularizer {_DENSE}", fixed=_QUANTIZED),
+    "Conv1D": Kind(
+        _L.Conv1D,
+        f"filters kernel_size strides padding dilation_rate groups activation use_bias activity_regularizer {_DENSE}",
+        fixed={**_QUANTIZED, "data_format": "channels_last"},
+        add={"ignore_mask": True},
+    ),
     "Embedding": Kind(
         _L.Embedding,
         "input_dim output_dim embeddings_initializer embeddings_regularizer embeddings_constraint mask_zero",

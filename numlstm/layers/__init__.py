@@ -3,6 +3,7 @@
 from numlstm.layers.attention import AdditiveAttention, Attention, MultiHeadAttention, TransformerBlock
 from numlstm.layers.base import Layer, from_config, register_layer, registry, to_config
 from numlstm.layers.bidirectional import Bidirectional
+from numlstm.layers.convolution import Conv1D
 from numlstm.layers.core import (
     Activation,
     Add,
@@ -36,6 +37,7 @@ __all__ = [
     "Attention",
     "Bidirectional",
     "Concatenate",
+    "Conv1D",
     "Dense",
     "Dropout",
     "Embedding",

@@ -221,3 +221,27 @@ def test_what_keras_has_and_we_have_not(tmp_path):
     keras.Model(x, keras.ops.cumsum(x, axis=1)).save(tmp_path / "m.keras")
     with pytest.raises(ValueError, match="operation Cumsum is not known here"):
         nl.io.load_keras(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", "causal"])
+@pytest.mark.parametrize(("strides", "dilation", "groups"), [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
+def test_convolutions(tmp_path, padding, strides, dilation, groups):
+    x = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(np.float32)
+    convolution = L.Conv1D(
+        4,
+        3,
+        strides,
+        padding,
+        dilation_rate=dilation,
+        groups=groups,
+        activation="relu",
+        bias_initializer="normal",
+    )
+    theirs = keras.Sequential([keras.Input((9, 6)), L.Masking(), convolution, L.LSTM(3)])
+    theirs.save(tmp_path / "m.keras")
+    ours = nl.io.load_keras(tmp_path / "m.keras")
+    np.testing.assert_allclose(ours.predict(x, verbose=0), theirs.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    nl.io.save_keras(ours, tmp_path / "n.keras")
+    again = keras.saving.load_model(tmp_path / "n.keras")
+    for a, b in zip(again.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

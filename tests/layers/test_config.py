@@ -254,6 +254,10 @@ EXAMPLES = {
         ),
         (lambda: nl.Seq2Seq(9, 8, 4), [np.array([[3, 4, 0]]), np.array([[1, 5]])]),
     ],
+    "Conv1D": [
+        (lambda: nl.Conv1D(4, 3, padding="causal", dilation_rate=2), SEQUENCE),
+        (lambda: nl.Conv1D(6, [2], strides=2, groups=3, activation="relu", ignore_mask=True), SEQUENCE),
+    ],
     "Flatten": [(lambda: nl.Flatten(), SEQUENCE)],
     "Reshape": [(lambda: nl.Reshape((3, -1)), SEQUENCE)],
     "RepeatVector": [(lambda: nl.RepeatVector(3), VECTOR)],

@@ -19,6 +19,7 @@ from numlstm.layers import (
     AdditiveAttention,
     Attention,
     Concatenate,
+    Conv1D,
     Dense,
     Dropout,
     Embedding,
@@ -266,7 +267,25 @@ def _add(b: Builder, layer: Add, xs: list[Value]) -> list[Value]:
     return [Value(total, layer.compute_output_shape([x.shape for x in xs]))]
 
 
-# Pooling
+# Convolution and pooling
+
+
+@writer(Conv1D)
+def _convolution(b: Builder, layer: Conv1D, x: Value) -> list[Value]:
+    if x.mask is not None and not layer.ignore_mask:
+        raise refuse(layer, "mask", "its masked steps are zeros to it, and the mask of its output is its own")
+    weights = [b.array(layer.kernel.numpy().transpose(2, 1, 0), f"{layer.name}/kernel")]
+    if layer.bias is not None:
+        weights.append(b.array(layer.bias.numpy(), f"{layer.name}/bias"))
+    reach = (layer.kernel_size - 1) * layer.dilation_rate
+    pads = (
+        {"auto_pad": "SAME_UPPER"}
+        if layer.padding == "same"
+        else {"pads": [reach, 0] if layer.padding == "causal" else [0, 0]}
+    )
+    sizes = {"strides": [layer.strides], "dilations": [layer.dilation_rate], "group": layer.groups}
+    y = b.node("Conv", b.transpose(x.name, 0, 2, 1), *weights, **sizes, **pads)
+    return [Value(activate(b, layer, b.transpose(y, 0, 2, 1)), layer.compute_output_shape(x.shape))]
 
 
 @writer(GlobalAveragePooling1D)

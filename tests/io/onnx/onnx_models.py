@@ -203,6 +203,9 @@ def _others() -> list[Case]:
     ]
     found += [
         Case("flatten", lambda: S([nl.Flatten()])),
+        Case("convolution", lambda: S([nl.Conv1D(4, 2, activation="relu", bias_initializer="uniform")])),
+        Case("convolution-same", lambda: S([nl.Conv1D(4, 3, strides=2, padding="same"), nl.LSTM(2)])),
+        Case("convolution-causal", lambda: S([nl.Conv1D(4, 2, padding="causal", dilation_rate=2, use_bias=False)])),
         Case("reshape", lambda: S([nl.Reshape((I, -1))])),
         Case("permute", lambda: S([nl.Permute((2, 1))])),
         Case("dense-table", lambda: S([nl.Input((I,)), nl.Dense(3, "softmax")]), "table"),
