@@ -631,7 +631,7 @@ class Pinball(Loss):
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         first = 0 if self.point is None else 1
         width = first + len(self.quantiles)
-        truth = np.asarray(y_true.data if isinstance(y_true, Tensor) else y_true, y_pred.dtype)
+        truth = beside(y_true.data if isinstance(y_true, Tensor) else y_true, y_pred.data, "y", y_pred.dtype)
         if truth.ndim == y_pred.ndim - 1:
             truth = truth[..., None]
         if (*truth.shape[:-1], truth.shape[-1] * width) != y_pred.shape:
@@ -640,8 +640,8 @@ class Pinball(Loss):
                 f"expected {width} outputs a target"
             )
         outputs = y_pred.reshape((*truth.shape, width))
-        shares = np.array(self.quantiles, y_pred.dtype)
-        error = truth[..., None] - outputs[..., first:]
+        shares = beside(np.array(self.quantiles, y_pred.dtype), y_pred.data, "quantiles")
+        error = Tensor(truth[..., None]) - outputs[..., first:]
         values = ops.mean(ops.maximum(shares * error, (shares - 1) * error), axis=(-2, -1))
         return values if self.point is None else values + _POINTS[self.point](truth, outputs[..., 0])
 

@@ -20,6 +20,7 @@ MODULES = {
 }
 MODULES -= {"numlstm.__main__"}  # it runs the command when it is imported
 MODULES -= {"numlstm.kernels.cuda.ptx"}  # it imports numba-cuda, which these tests do without
+MODULES -= {"numlstm.io.torch_modules"}  # and this one torch
 
 
 @pytest.mark.parametrize("name", sorted(MODULES | {"numlstm"}))

@@ -496,8 +496,16 @@ def test_an_exception_leaves_a_usable_model(error):
     assert model.history.epoch == [0]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also in a job that a shell has started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to oneself differ there")
-def test_a_real_interrupt_at_any_moment():
+def test_a_real_interrupt_at_any_moment(interruptible):
     model = language()
     model.fit(IDS, IDS, bptt_steps=8, verbose=0)  # the kernels are there: an import must not be interrupted
     model.evaluate(IDS, IDS, verbose=0)

@@ -285,6 +285,7 @@ LOSSES = {
 def test_no_loss_is_left_out():
     covered = {type(losses.get(name)) for name in LOSSES} | {
         losses.SparseCategoricalCrossentropy,
+        losses.Pinball,  # as those below
         losses.FunctionLoss,
     }
     assert covered >= {getattr(losses, n) for n in losses.__all__ if isinstance(getattr(losses, n), type)} - {
@@ -312,6 +313,7 @@ def test_a_loss(counts, name, weighted):
             from_logits=True, label_smoothing=0.1, reduction="mean_with_sample_weight"
         ),
         losses.MeanSquaredError(reduction="sum"),
+        losses.Pinball([0.75]),
         losses.FunctionLoss(lambda y_true, y_pred: nl.ops.mean(nl.ops.abs(y_true - y_pred))),
     ],
     ids=lambda loss: loss.name,
