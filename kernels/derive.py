@@ -21,7 +21,7 @@ import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["ACTIVATIONS", "LANGUAGE", "NORM_EPSILON", "Cell", "Norm", "Stage", "Symbol", "TraceError", "cell"]
 
@@ -67,6 +67,11 @@ class Node:
     """One value of the traced cell. Equal expressions are one object: `Graph.node` interns them."""
 
     __slots__ = ("args", "id", "op", "value")
+
+    args: tuple[Node, ...]
+    id: int
+    op: str
+    value: Any
 
     def __init__(self, id: int, op: str, args: tuple[Node, ...], value: Any) -> None:
         self.id, self.op, self.args, self.value = id, op, args, value
@@ -149,6 +154,10 @@ class Symbol:
     """
 
     __slots__ = ("graph", "node")
+
+    graph: Graph
+    node: Node
+
     __array_priority__ = 1000
 
     def __init__(self, graph: Graph, node: Node) -> None:
@@ -230,8 +239,15 @@ class Symbol:
             "== on a traced value: a cell can compare by <, <=, > and >= inside where(), never by equality"
         )
 
-    __ne__ = __eq__
-    __hash__ = None  # type: ignore[assignment]
+    if TYPE_CHECKING:
+
+        def __ne__(self, other: object) -> Any: ...
+
+        def __hash__(self) -> int: ...
+
+    else:
+        __ne__ = __eq__
+        __hash__ = None
 
     def __bool__(self) -> bool:
         raise TraceError(
@@ -239,13 +255,15 @@ class Symbol:
             "write where(condition, a, b), minimum(a, b) or maximum(a, b)"
         )
 
-    def _number(self) -> Any:
+    def __float__(self) -> Any:
         raise TraceError(
             "this call wants a number, but a cell is traced with symbols: use the functions of the cell language "
             f"({', '.join(sorted(LANGUAGE))})"
         )
 
-    __float__ = __int__ = __index__ = __complex__ = _number
+    __int__: Callable[[Symbol], Any] = __float__
+    __index__: Callable[[Symbol], Any] = __float__
+    __complex__: Callable[[Symbol], Any] = __float__
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Symbol:  # np.tanh(x)
         name = UFUNCS.get(ufunc.__name__, ufunc.__name__)
@@ -263,10 +281,15 @@ def _primitive(name: str) -> Callable[..., Any]:
     return function
 
 
-exp, log, sqrt, tanh, sigmoid, softplus, maximum, minimum, where = (
-    _primitive(n)
-    for n in ("exp", "log", "sqrt", "tanh", "sigmoid", "softplus", "maximum", "minimum", "where")
-)
+exp: Callable[..., Any] = _primitive("exp")
+log: Callable[..., Any] = _primitive("log")
+sqrt: Callable[..., Any] = _primitive("sqrt")
+tanh: Callable[..., Any] = _primitive("tanh")
+sigmoid: Callable[..., Any] = _primitive("sigmoid")
+softplus: Callable[..., Any] = _primitive("softplus")
+maximum: Callable[..., Any] = _primitive("maximum")
+minimum: Callable[..., Any] = _primitive("minimum")
+where: Callable[..., Any] = _primitive("where")
 
 
 def _across(op: str, values: Sequence[Any], value: Any = None) -> Symbol:
@@ -428,6 +451,17 @@ class Stage:
             `y0, y1, ...` the saved values.
     """
 
+    norms: tuple[Norm, ...]
+    pre: tuple[str, ...]
+    x_gates: tuple[str, ...]
+    h_gates: tuple[str, ...]
+    source: str
+    projects: bool
+    given: tuple[str, ...]
+    made: tuple[str, ...]
+    params: tuple[str, ...]
+    aux: tuple[str, ...]
+
     def __init__(
         self,
         graph: Graph,
@@ -448,7 +482,7 @@ class Stage:
         self.norms, self.pre, self.x_gates, self.h_gates = norms, pre, x_gates, h_gates
         self.source, self.projects = source, projects
         self.given, self.made, self.params, self.aux = given, tuple(made), params, aux
-        self.gradient_of = {m: "d_" + (m[:-1] if m[:-1] in states else m) for m in made}
+        self.gradient_of: dict[str, str] = {m: "d_" + (m[:-1] if m[:-1] in states else m) for m in made}
         leaves = {n: Symbol(graph, graph.node("leaf", (), n)) for n in arguments}
         forward_nodes = list(graph.nodes)
         new = [Symbol(graph, n) for n in made.values()]
@@ -468,24 +502,24 @@ class Stage:
         stored_anyway = [*(leaves[n].node for n in in_memory), *new]
         kept = choose_saved(graph, seeds, wanted, stored_anyway)
         saved = [n for n in kept if n not in stored_anyway]
-        self.saved = len(saved)
+        self.saved: int = len(saved)
         names = [f"y{k}" for k in range(len(saved))]
         given = {n: y for n, y in zip(saved, names, strict=True)}
         given.update({n: m for n, m in zip(new, self.made, strict=True) if n in kept and n not in given})
         given.update({n: n.value for n in kept if n.op == "leaf" and n not in given})
         given.update({s: s.value for s in seeds})
-        self.forward_args = tuple(leaves)
-        self.backward_args = (*names, *(t for n, t in given.items() if n not in saved))
+        self.forward_args: tuple[str, ...] = tuple(leaves)
+        self.backward_args: tuple[str, ...] = (*names, *(t for n, t in given.items() if n not in saved))
         # A comparison is saved as 0 or 1.
         stored = [
             graph.make("where", n, graph.constant(1), graph.constant(0)) if n.op in COMPARISONS else n
             for n in saved
         ]
         given.update({n: f"({y} > K(0.5))" for n, y in zip(saved, names, strict=True) if n.op in COMPARISONS})
-        self.forward_source = emit(
+        self.forward_source: str = emit(
             "forward", self.forward_args, [*new, *stored], {s.node: n for n, s in leaves.items()}
         )
-        self.backward_source = emit("backward", self.backward_args, wanted, given)
+        self.backward_source: str = emit("backward", self.backward_args, wanted, given)
 
 
 class Cell:
@@ -509,6 +543,13 @@ class Cell:
         digest: a hash of all that a kernel made from this cell depends on.
     """
 
+    gates: tuple[str, ...]
+    state: tuple[str, ...]
+    split: tuple[str, ...]
+    aux: tuple[str, ...]
+    graph: Graph
+    new: list[Node]
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -520,15 +561,15 @@ class Cell:
         aux: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", type(function).__name__)
         self.gates, self.state, self.split, self.aux = tuple(gates), tuple(state), tuple(split), tuple(aux)
-        self.recurrent = self.gates if recurrent is None else tuple(recurrent)
-        self.arguments = self._arguments(function)
+        self.recurrent: tuple[str, ...] = self.gates if recurrent is None else tuple(recurrent)
+        self.arguments: list[str] = self._arguments(function)
         only_x = [g + "_x" if g in self.split else g for g in self.gates if not self._in_one(g)]
         only_h = [g + "_h" for g in self.gates if g in self.split]
         pre = (*only_x, *(g for g in self.gates if self._in_one(g)), *only_h)
         taken = (*pre, *self.state, *self.aux)
-        self.params = tuple(n for n in self.arguments if n not in taken)
+        self.params: tuple[str, ...] = tuple(n for n in self.arguments if n not in taken)
         if missing := [a for a in self.aux if a not in self.arguments]:
             raise TraceError(
                 f"cell {self.name}: its function has no argument for {missing}; it has {self.arguments}"
@@ -536,11 +577,11 @@ class Cell:
         self.function = function
         self.graph, self.new = self._trace(function)
         cutter = _Cutter(self, self.graph, self.new, pre)
-        self.stages = cutter.stages()
-        self.known = {**cutter.vector, **cutter.pre}
-        self.projects = any(s.projects for s in self.stages)
+        self.stages: tuple[Stage, ...] = cutter.stages()
+        self.known: dict[Node, str] = {**cutter.vector, **cutter.pre}
+        self.projects: bool = any(s.projects for s in self.stages)
         states1 = {s + "1" for s in self.state}
-        self.vectors = tuple(
+        self.vectors: tuple[str, ...] = tuple(
             dict.fromkeys(
                 n
                 for s in self.stages
@@ -548,14 +589,14 @@ class Cell:
                 if n not in states1
             )
         )
-        self.saved = sum(s.saved for s in self.stages)
+        self.saved: int = sum(s.saved for s in self.stages)
         described = (self.gates, self.recurrent, self.state, self.params, self.aux, self.projects)
         stages = [
             (s.norms, s.pre, s.source, s.projects, s.given, s.made, s.params, s.aux, s.backward_args, s.saved)
             for s in self.stages
         ]
         text = repr((described, stages)) + "".join(s.forward_source + s.backward_source for s in self.stages)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest: str = hashlib.sha256(text.encode()).hexdigest()
 
     def _in_one(self, gate: str) -> bool:
         """Whether the function sees the input's and the recurrence's part of a gate as one sum."""

@@ -44,8 +44,12 @@ class Quantized:
     """
 
     __slots__ = ("packed", "scale", "values")
+
+    scale: np.ndarray
+    values: np.ndarray
+
     __array_ufunc__ = None  # x @ matrix comes to __rmatmul__
-    dtype = np.dtype(np.float32)  # of what it stands for
+    dtype: np.dtype[Any] = np.dtype(np.float32)  # of what it stands for
     ndim = 2
 
     def __init__(self, values: np.ndarray, scale: np.ndarray) -> None:

@@ -275,9 +275,12 @@ class Updates:
         decays: for each whether weight decay is for it; none if not given.
     """
 
+    rule: str
+    variables: list[Any]
+
     def __init__(self, rule: str, variables: Any, decays: Any = None) -> None:
         self.rule, self.variables = rule, list(variables)
-        self.decays = [False] * len(self.variables) if decays is None else list(decays)
+        self.decays: list[bool] = [False] * len(self.variables) if decays is None else list(decays)
 
     def __call__(self, gradients: Any, options: tuple[Any, ...], decay: float = 0.0) -> None:
         """Take the step, in place.

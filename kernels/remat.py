@@ -30,6 +30,9 @@ class Remat:
     True
     """
 
+    serving: Any
+    steps: int
+
     def __init__(self, serving: Any, steps: int) -> None:
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"remat_steps: expected an integer of at least 1, got {steps!r}")
@@ -127,6 +130,10 @@ class Remat:
 
 class _Residual:
     """What a forward pass keeps: its arguments, where the pieces lie, and the states that each began with."""
+
+    starts: list[tuple[Any, ...] | None]
+    over_time: dict[str, Any]
+    fixed: dict[str, Any]
 
     def __init__(
         self,

@@ -8,6 +8,7 @@
 __version__ = "0.1.0"
 
 import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from numlstm import (
@@ -28,6 +29,7 @@ from numlstm import (
     random,
     regularizers,
     schedules,
+    seq2seq,
 )
 from numlstm.autograd import GradientTape, Tensor, Variable
 from numlstm.backend import backends, get_backend, use_backend
@@ -73,6 +75,9 @@ from numlstm.ops import clip, exp, log, maximum, minimum, relu, sigmoid, softmax
 from numlstm.random import set_seed
 from numlstm.seq2seq import Seq2Seq
 from numlstm.streaming import Stream
+
+if _TYPE_CHECKING:  # imported when it is asked for, at the end of this file
+    from numlstm import estimators as estimators
 
 __all__ = [
     "GRU",

@@ -86,19 +86,19 @@ def _hard_sigmoid(x: Tensor, alpha: float = 1 / 6, beta: float = 0.5) -> Tensor:
     return ops.clip(ops.tensor(x) * alpha + beta, 0.0, 1.0)
 
 
-tanh = _registry.add("tanh", ops.tanh)
-sigmoid = _registry.add("sigmoid", ops.sigmoid)
-relu = _registry.add("relu", ops.relu)
-leaky_relu = _registry.add("leaky_relu", ops.leaky_relu)
-elu = _registry.add("elu", ops.elu)
-selu = _registry.add("selu", ops.selu)
-gelu = _registry.add("gelu", ops.gelu)
-silu = _registry.add("silu", ops.silu, "swish")
-softplus = _registry.add("softplus", ops.softplus)
-softsign = _registry.add("softsign", ops.softsign)
-hard_sigmoid = _registry.add("hard_sigmoid", ops.hard_sigmoid)
-softmax = _registry.add("softmax", ops.softmax)
-log_softmax = _registry.add("log_softmax", ops.log_softmax)
+tanh: Activation = _registry.add("tanh", ops.tanh)
+sigmoid: Activation = _registry.add("sigmoid", ops.sigmoid)
+relu: Activation = _registry.add("relu", ops.relu)
+leaky_relu: Activation = _registry.add("leaky_relu", ops.leaky_relu)
+elu: Activation = _registry.add("elu", ops.elu)
+selu: Activation = _registry.add("selu", ops.selu)
+gelu: Activation = _registry.add("gelu", ops.gelu)
+silu: Activation = _registry.add("silu", ops.silu, "swish")
+softplus: Activation = _registry.add("softplus", ops.softplus)
+softsign: Activation = _registry.add("softsign", ops.softsign)
+hard_sigmoid: Activation = _registry.add("hard_sigmoid", ops.hard_sigmoid)
+softmax: Activation = _registry.add("softmax", ops.softmax)
+log_softmax: Activation = _registry.add("log_softmax", ops.log_softmax)
 
 
 # What a name may carry in brackets: the parameters of these functions, which are those of the cells' activations.
@@ -151,7 +151,7 @@ class Parametric:
             if not math.isfinite(self._options[key]):
                 raise ValueError(f"activation: {key}: expected a finite number, got {value!r} in {name!r}")
         values = ", ".join(f"{k}={self._options[k]!r}" for k in known if k in self._options)
-        self.name = f"{plain}({values})" if values else plain
+        self.name: str = f"{plain}({values})" if values else plain
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activation of a tensor."""

@@ -14,7 +14,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -250,7 +250,12 @@ class Tensor:
     def __ne__(self, other: object) -> Array:  # type: ignore[override]
         return self.data != _values(other)
 
-    __hash__ = object.__hash__  # by identity: a Tensor may be a key
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
+    else:
+        __hash__ = object.__hash__  # by identity: a Tensor may be a key
 
     # Methods: each is the operation of ops.py
     def __getitem__(self, index: Any) -> Tensor:
@@ -365,10 +370,10 @@ class Variable(Tensor):
         dtype: Any = None,
     ) -> None:
         super().__init__(data, dtype)
-        self.name = name
-        self.trainable = trainable
-        self.regularizer = regularizer
-        self.constraint = constraint
+        self.name: str = name
+        self.trainable: bool = trainable
+        self.regularizer: Callable[[Tensor], Tensor] | None = regularizer
+        self.constraint: Callable[[Array], Array] | None = constraint
 
     def _replace(self, array: Array) -> None:
         """Own a copy of another array."""
@@ -385,7 +390,8 @@ class Variable(Tensor):
             _abroad = True
         _arrangement += 1
 
-    data = property(operator.attrgetter("_shown"), _replace)  # type: ignore[assignment]
+    if not TYPE_CHECKING:  # to a type checker the attribute that a Tensor has
+        data = property(operator.attrgetter("_shown"), _replace)
 
     def move(self, backend: Any) -> None:
         """Have the array lie in the memory that a backend works in. Not a change: the values stay."""
@@ -452,7 +458,7 @@ class QuantizedVariable(Variable):
 
     def __init__(self, matrix: Quantized, name: str) -> None:
         super().__init__(matrix.values, name=name, trainable=False)
-        self.scale = _Scale(matrix.scale, name=f"{name}_scale", trainable=False)
+        self.scale: _Scale = _Scale(matrix.scale, name=f"{name}_scale", trainable=False)
         self.scale.owner = self
         self._matrix: Quantized | None = None
 
@@ -503,6 +509,10 @@ class RowGradient:
     """
 
     __slots__ = ("index", "values")
+
+    index: Array
+    values: Array
+
     __array_ufunc__ = None  # array + gradient is ours
     __array_priority__ = 1000  # for CuPy's arrays too
 
@@ -873,7 +883,7 @@ def apply_joint(
     """
     outs = tuple([_of_array(d) for d in data])
     if needs_gradient(*inputs):
-        tape = _ACTIVE.get()
+        tape: Any = _ACTIVE.get()
         token, nodes = tape._token, tape._nodes
         place = len(nodes)
         for k, out in enumerate(outs):

@@ -36,6 +36,9 @@ class MaxNorm(Constraint):
     [[0.6, 0.0], [0.8, 0.5]]
     """
 
+    max_value: float
+    axis: int | tuple[int, ...]
+
     def __init__(self, max_value: float = 2.0, axis: Axis = 0) -> None:
         if max_value < 0:
             raise ValueError(f"MaxNorm: max_value must be >= 0, got {max_value}")
@@ -68,7 +71,7 @@ class UnitNorm(Constraint):
     """
 
     def __init__(self, axis: Axis = 0) -> None:
-        self.axis = _axis(axis)
+        self.axis: int | tuple[int, ...] = _axis(axis)
 
     def __call__(self, w: Any) -> np.ndarray:
         w = adopt(w)
@@ -82,6 +85,11 @@ class MinMaxNorm(Constraint):
     >>> MinMaxNorm(2.0, 3.0)(np.array([0.6, 0.8])).round(3).tolist()
     [1.2, 1.6]
     """
+
+    min_value: float
+    max_value: float
+    rate: float
+    axis: int | tuple[int, ...]
 
     def __init__(
         self, min_value: float = 0.0, max_value: float = 1.0, rate: float = 1.0, axis: Axis = 0
@@ -101,7 +109,10 @@ class MinMaxNorm(Constraint):
         return (w * (wanted / (_EPSILON + norms))).astype(w.dtype)
 
 
-max_norm, non_neg, unit_norm, min_max_norm = MaxNorm, NonNeg, UnitNorm, MinMaxNorm
+max_norm = MaxNorm
+non_neg = NonNeg
+unit_norm = UnitNorm
+min_max_norm = MinMaxNorm
 
 
 def get(identifier: Any) -> Any:

@@ -55,7 +55,7 @@ def _merged(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         masks = [x.mask for x in inputs]
         result = function(list(inputs), masks, **options)
         if result.mask is None and all(m is not None for m in masks):
-            result.mask = reduce(np.logical_or, masks)
+            result.mask = reduce(np.logical_or, masks)  # type: ignore[arg-type]
         return result
 
     return run
@@ -286,7 +286,7 @@ class _Wiring:
         """Raise ValueError unless every call can run when its turn comes."""
         there = {(name, 0) for name in self.inputs}
         for call in self.calls:
-            name = call.get("name")
+            name: Any = call.get("name")
             known = OPERATIONS if "op" in call else layers
             if call.get("op", name) not in known:
                 raise ValueError(

@@ -9,7 +9,7 @@ output units of the weight.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class _Drawn(Initializer):
     def __init__(self, seed: int | None = None) -> None:
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise ValueError(f"seed: expected None or an integer >= 0, got {seed!r}")
-        self.seed = None if seed is None else int(seed)
+        self.seed: int | None = None if seed is None else int(seed)
 
     def _generator(self) -> np.random.Generator:
         if self.seed is None:
@@ -80,7 +80,7 @@ class Constant(Initializer):
     """
 
     def __init__(self, value: Any = 0.0) -> None:
-        self.value = value if np.isscalar(value) else np.array(value)
+        self.value: Any = value if np.isscalar(value) else np.array(value)
 
     def __call__(self, shape: Shape, dtype: Any = "float32") -> np.ndarray:
         value = np.asarray(self.value, dtype)
@@ -96,6 +96,9 @@ class RandomUniform(_Drawn):
     >>> RandomUniform(-1, 1, seed=0)((3, 2)).shape
     (3, 2)
     """
+
+    minval: float
+    maxval: float
 
     def __init__(self, minval: float = -0.05, maxval: float = 0.05, seed: int | None = None) -> None:
         super().__init__(seed)
@@ -115,6 +118,9 @@ class RandomNormal(_Drawn):
     (3, 2)
     """
 
+    mean: float
+    stddev: float
+
     def __init__(self, mean: float = 0.0, stddev: float = 0.05, seed: int | None = None) -> None:
         super().__init__(seed)
         if stddev < 0:
@@ -132,6 +138,9 @@ class TruncatedNormal(_Drawn):
     >>> bool(abs(TruncatedNormal(stddev=1.0, seed=0)((1000,))).max() <= 2)
     True
     """
+
+    mean: float
+    stddev: float
 
     def __init__(self, mean: float = 0.0, stddev: float = 0.05, seed: int | None = None) -> None:
         super().__init__(seed)
@@ -155,6 +164,8 @@ class VarianceScaling(_Drawn):
     >>> bool(abs(w).max() <= (3 * 2 / 50) ** 0.5)
     True
     """
+
+    scale: float
 
     MODES = ("fan_in", "fan_out", "fan_avg")
     DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
@@ -194,7 +205,15 @@ class VarianceScaling(_Drawn):
         return values.astype(dtype)
 
 
-def _preset(name: str, scale: float, mode: str, distribution: str, says: str) -> type[VarianceScaling]:
+if TYPE_CHECKING:
+
+    class _Preset(VarianceScaling):
+        """What type checkers know of the classes that `_preset` makes."""
+
+        def __init__(self, seed: int | None = None) -> None: ...
+
+
+def _preset(name: str, scale: float, mode: str, distribution: str, says: str) -> Any:
     """A named setting of VarianceScaling, whose only parameter is the seed."""
 
     def __init__(self: VarianceScaling, seed: int | None = None) -> None:
@@ -204,14 +223,22 @@ def _preset(name: str, scale: float, mode: str, distribution: str, says: str) ->
     return _registry.add(name, type(name, (VarianceScaling,), body))
 
 
-GlorotUniform = _preset(
+GlorotUniform: "type[_Preset]" = _preset(
     "GlorotUniform", 1.0, "fan_avg", "uniform", "Uniform within sqrt(6 / (fan_in + fan_out))."
 )
-GlorotNormal = _preset("GlorotNormal", 1.0, "fan_avg", "truncated_normal", "Variance 2 / (fan_in + fan_out).")
-HeUniform = _preset("HeUniform", 2.0, "fan_in", "uniform", "Uniform within sqrt(6 / fan_in).")
-HeNormal = _preset("HeNormal", 2.0, "fan_in", "truncated_normal", "Truncated normal of variance 2 / fan_in.")
-LecunUniform = _preset("LecunUniform", 1.0, "fan_in", "uniform", "Uniform within sqrt(3 / fan_in).")
-LecunNormal = _preset(
+GlorotNormal: "type[_Preset]" = _preset(
+    "GlorotNormal", 1.0, "fan_avg", "truncated_normal", "Variance 2 / (fan_in + fan_out)."
+)
+HeUniform: "type[_Preset]" = _preset(
+    "HeUniform", 2.0, "fan_in", "uniform", "Uniform within sqrt(6 / fan_in)."
+)
+HeNormal: "type[_Preset]" = _preset(
+    "HeNormal", 2.0, "fan_in", "truncated_normal", "Truncated normal of variance 2 / fan_in."
+)
+LecunUniform: "type[_Preset]" = _preset(
+    "LecunUniform", 1.0, "fan_in", "uniform", "Uniform within sqrt(3 / fan_in)."
+)
+LecunNormal: "type[_Preset]" = _preset(
     "LecunNormal", 1.0, "fan_in", "truncated_normal", "Truncated normal of variance 1 / fan_in."
 )
 
@@ -292,8 +319,18 @@ def _truncated_unit_normal(generator: np.random.Generator, shape: tuple[int, ...
 
 
 # Keras offers every initializer under a snake_case name as well.
-zeros, ones, constant = Zeros, Ones, Constant
-random_uniform, random_normal, truncated_normal = RandomUniform, RandomNormal, TruncatedNormal
-variance_scaling, orthogonal, identity = VarianceScaling, Orthogonal, Identity
-glorot_uniform, glorot_normal = GlorotUniform, GlorotNormal
-he_uniform, he_normal, lecun_uniform, lecun_normal = HeUniform, HeNormal, LecunUniform, LecunNormal
+zeros = Zeros
+ones = Ones
+constant = Constant
+random_uniform = RandomUniform
+random_normal = RandomNormal
+truncated_normal = TruncatedNormal
+variance_scaling = VarianceScaling
+orthogonal = Orthogonal
+identity = Identity
+glorot_uniform: "type[_Preset]" = GlorotUniform
+glorot_normal: "type[_Preset]" = GlorotNormal
+he_uniform: "type[_Preset]" = HeUniform
+he_normal: "type[_Preset]" = HeNormal
+lecun_uniform: "type[_Preset]" = LecunUniform
+lecun_normal: "type[_Preset]" = LecunNormal

@@ -76,7 +76,7 @@ class Loss(Configurable):
                 f"reduction: expected one of {', '.join(map(str, _REDUCTIONS))}; got {reduction!r}"
             )
         self.reduction = reduction
-        self.name = name or snake_case(type(self).__name__)
+        self.name: str = name or snake_case(type(self).__name__)
 
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         """One value a sample (and step). `y_true` comes as the user gave it, `y_pred` as a Tensor."""
@@ -621,7 +621,7 @@ class Pinball(Loss):
         name: str | None = None,
     ) -> None:
         super().__init__(reduction, name)
-        self.quantiles = [float(q) for q in np.atleast_1d(np.asarray(quantiles, np.float64))]
+        self.quantiles: list[float] = [float(q) for q in np.atleast_1d(np.asarray(quantiles, np.float64))]
         if not self.quantiles or not all(0 < q < 1 for q in self.quantiles):
             raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantiles!r}")
         if point not in (None, *_POINTS):
@@ -720,7 +720,7 @@ class _Crossentropy(Loss):
         super().__init__(reduction, name)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
-        self.from_logits = bool(from_logits)
+        self.from_logits: bool = bool(from_logits)
         self.label_smoothing = label_smoothing
 
 
@@ -773,7 +773,7 @@ class SparseCategoricalCrossentropy(Loss):
         name: str | None = None,
     ) -> None:
         super().__init__(reduction, name)
-        self.from_logits = bool(from_logits)
+        self.from_logits: bool = bool(from_logits)
         self.ignore_class = ignore_class
 
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Metric(Configurable):
     state_names: ClassVar[tuple[str, ...]] = ()  # what `reset_state` sets, for runs that are taken up again
 
     def __init__(self, name: str | None = None) -> None:
-        self.name = name or snake_case(type(self).__name__)
+        self.name: str = name or snake_case(type(self).__name__)
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -99,11 +99,11 @@ class Metric(Configurable):
 class _Average(Metric):
     """A metric that is a weighted mean of values."""
 
-    state_names = ("total", "count")
+    state_names: ClassVar[tuple[str, ...]] = ("total", "count")
 
     def reset_state(self) -> None:
-        self.total = 0.0
-        self.count = 0.0
+        self.total: float = 0.0
+        self.count: float = 0.0
 
     def add(self, values: Any, sample_weight: Any = None) -> None:
         """Take in `values`; `sample_weight` has their shape, or their first axes."""
@@ -143,10 +143,10 @@ class Sum(Metric):
     16.0
     """
 
-    state_names = ("total",)
+    state_names: ClassVar[tuple[str, ...]] = ("total",)
 
     def reset_state(self) -> None:
-        self.total = 0.0
+        self.total: float = 0.0
 
     def update_state(self, values: Any, sample_weight: Any = None) -> None:  # type: ignore[override]
         values = _array(values)
@@ -197,7 +197,7 @@ class LossMetric(_Average):
     """
 
     def __init__(self, loss: Any, name: str | None = None) -> None:
-        self.loss: Loss = losses.get(loss)
+        self.loss: Any = losses.get(loss)
         super().__init__(name or self.loss.name)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
@@ -292,7 +292,7 @@ class R2Score(Metric):
     0.571429
     """
 
-    state_names = ("_sums",)
+    state_names: ClassVar[tuple[str, ...]] = ("_sums",)
 
     def __init__(
         self,
@@ -456,6 +456,9 @@ class Perplexity(LossMetric):
     2.8284
     """
 
+    from_logits: bool
+    ignore_class: int | None
+
     def __init__(
         self, from_logits: bool = False, ignore_class: int | None = None, name: str = "perplexity"
     ) -> None:
@@ -473,7 +476,11 @@ class Perplexity(LossMetric):
 class _Thresholded(Metric):
     """Counts of true and false positives and false negatives at each threshold."""
 
-    state_names = ("true_positives", "false_positives", "false_negatives")
+    thresholds: float | Sequence[float] | None
+    top_k: int | None
+    class_id: int | None
+
+    state_names: ClassVar[tuple[str, ...]] = ("true_positives", "false_positives", "false_negatives")
 
     def __init__(
         self,
@@ -490,13 +497,13 @@ class _Thresholded(Metric):
         super().__init__(name)
 
     def reset_state(self) -> None:
-        self.true_positives = np.zeros(len(self._limits))
-        self.false_positives = np.zeros(len(self._limits))
-        self.false_negatives = np.zeros(len(self._limits))
+        self.true_positives: np.ndarray = np.zeros(len(self._limits))
+        self.false_positives: np.ndarray = np.zeros(len(self._limits))
+        self.false_negatives: np.ndarray = np.zeros(len(self._limits))
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         truth, predicted = (t.data for t in pair(_array(y_true), _array(y_pred)))
-        weights = 1.0 if sample_weight is None else _weighed(truth, sample_weight)[1]
+        weights: Any = 1.0 if sample_weight is None else _weighed(truth, sample_weight)[1]
         if self.top_k is not None:  # all but the k largest of the last axis are "no"
             at = predicted.shape[-1] - self.top_k
             kth = np.sort(predicted, axis=-1)[..., at : at + 1]
@@ -562,7 +569,9 @@ class AUC(Metric):
     0.75
     """
 
-    state_names = ("_counts",)
+    num_thresholds: int
+
+    state_names: ClassVar[tuple[str, ...]] = ("_counts",)
 
     def __init__(
         self,
@@ -582,7 +591,7 @@ class AUC(Metric):
                 f"summation_method: expected interpolation, minoring or majoring; got {summation_method!r}"
             )
         self.num_thresholds, self.curve, self.summation_method = num_thresholds, curve, summation_method
-        self.thresholds = None if thresholds is None else list(thresholds)
+        self.thresholds: list[float] | None = None if thresholds is None else list(thresholds)
         self.from_logits = from_logits
         inner = np.linspace(0, 1, num_thresholds)[1:-1] if thresholds is None else np.sort(thresholds)
         self._limits = np.concatenate([[-1e-7], inner, [1 + 1e-7]])
@@ -683,7 +692,7 @@ def get(identifier: Any) -> Metric:
 deserialize = get
 
 
-def resolve(identifier: Any, loss: Loss | None, y_true: np.ndarray, y_pred: np.ndarray) -> Metric:
+def resolve(identifier: Any, loss: Any, y_true: np.ndarray, y_pred: np.ndarray) -> Metric:
     """`get` for `compile`: "accuracy" (or "acc") and "crossentropy" (or "ce") by the shapes of the first
     batch.
 
@@ -699,12 +708,12 @@ def resolve(identifier: Any, loss: Loss | None, y_true: np.ndarray, y_pred: np.n
     if kind == "categorical" and (y_true.ndim < y_pred.ndim or y_true.shape[-1] == 1):
         kind = "sparse_categorical"
     if word in ("accuracy", "acc"):
-        metric = get(f"{kind}_accuracy")
+        metric: Any = get(f"{kind}_accuracy")
     elif word in ("crossentropy", "ce"):
         metric = get(f"{kind}_crossentropy")
     else:
         metric = get(identifier)
-    inner = getattr(metric, "loss", metric)
+    inner: Any = getattr(metric, "loss", metric)
     if logits and hasattr(inner, "from_logits"):
         inner.from_logits = True
         metric.from_logits = True

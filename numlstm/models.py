@@ -279,8 +279,8 @@ class Sequential(Model):
         if len(self._layers) == 1:
             self._first_shape = shape
         self._shape = after
-        self.built = shape is not None
-        self.build_shape = self._first_shape if self.built else None
+        self.built: bool = shape is not None
+        self.build_shape: Any = self._first_shape if self.built else None
 
     def _pass(self, layer: Layer, shape: Shape) -> Shape | None:
         """Build `layer` for this input; the shape of its output, None if it can't tell."""

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -109,6 +109,7 @@ __all__ = [
 ]
 
 Axis = int | Sequence[int] | None
+F = TypeVar("F", bound=Callable[..., Any])  # an operation that is decorated: it keeps its type
 
 
 # Arguments
@@ -160,7 +161,7 @@ def _two_places(name: str, x: Array, other: Array) -> str:
     )
 
 
-def _number(x: TensorLike, other: TensorLike) -> Tensor:
+def _number(x: TensorLike, other: Any) -> Tensor:
     """`x` as a Tensor; a plain number of the other's kind takes its dtype."""
     if isinstance(x, Tensor):
         return x
@@ -177,6 +178,14 @@ def _floating_pair(a: TensorLike, b: TensorLike) -> tuple[Tensor, Tensor]:
     return (a, b) if type(a.data) is type(b.data) else _on_one_device(a, b)
 
 
+@overload
+def _serving(a: Tensor, /) -> tuple[Any, Tensor]: ...
+@overload
+def _serving(a: Tensor, b: Tensor, /) -> tuple[Any, Tensor, Tensor]: ...
+@overload
+def _serving(a: Tensor, b: Tensor, c: Tensor, /) -> tuple[Any, Tensor, Tensor, Tensor]: ...
+@overload
+def _serving(a: Tensor, /, *operands: Tensor | None) -> tuple[Any, Tensor, *tuple[Tensor | None, ...]]: ...
 def _serving(*operands: Tensor | None) -> tuple[Any, ...]:
     """The backend to run on, and the operands where it works. In use around a call it may be another one than where the
     arrays lie: then they go there, and their gradients come back."""
@@ -220,7 +229,7 @@ def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     return tuple(a % ndim for a in axes)
 
 
-def _in_cells(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_cells(function: F) -> F:
     """Let an operation be called in a cell's equations too: on a traced scalar it is the cell language's."""
 
     @functools.wraps(function)
@@ -230,7 +239,7 @@ def _in_cells(function: Callable[..., Any]) -> Callable[..., Any]:
             return derive.LANGUAGE[function.__name__](*args, **kwargs)
         return function(*args, **kwargs)
 
-    return either
+    return either  # type: ignore[return-value]
 
 
 # Arithmetic
@@ -826,7 +835,7 @@ def linear(x: TensorLike, w: TensorLike, b: TensorLike | None = None) -> Tensor:
     product = backend.matmul
     if quantized:
         _refuse_gradient(x, *(() if b is None else (b,)))
-        weights = w.matrix
+        weights = w.matrix  # type: ignore[attr-defined]
     if u.ndim == 2:
         of = home = _same
     else:
@@ -915,7 +924,7 @@ def layer_norm(
 
 
 def dropout(
-    x: TensorLike, rate: float, *, shape: Sequence[int] | None = None, seed: int | None = None
+    x: TensorLike, rate: float, *, shape: Sequence[int | None] | None = None, seed: int | None = None
 ) -> Tensor:
     """x with a random part of it, `rate`, set to 0 and the rest scaled by 1 / (1 - rate).
 
@@ -933,7 +942,7 @@ def dropout(
     x = _floating(x)
     if not 0 <= rate < 1:
         raise ValueError(f"rate: {rate!r} came, expected a number from 0 up to, not including, 1")
-    of_mask = x.shape if shape is None else tuple(shape)
+    of_mask: Any = x.shape if shape is None else tuple(shape)
     if len(of_mask) == x.ndim:
         of_mask = tuple(n if m is None else m for m, n in zip(of_mask, x.shape, strict=True))
     if len(of_mask) != x.ndim or any(m not in (1, n) for m, n in zip(of_mask, x.shape, strict=True)):
@@ -1108,14 +1117,14 @@ class _Sequence:
             x, kernel = there(x, name="x"), there(kernel, name="kernel")
             recurrent_kernel = there(recurrent_kernel, name="recurrent_kernel")
             bias = None if bias is None else there(bias, name="bias")
-            params = tuple(there(p, name="params") for p in params)
+            params = tuple(there(p, name="params") for p in params)  # type: ignore[arg-type]
             state = None if state is None else tuple(there(s, name="state") for s in state)
             projection = None if projection is None else there(projection, name="projection")
             self.kernel = kernel
             given = (x, kernel, recurrent_kernel, bias, *params, *(state or ()), projection)
             inputs = [t for t in given if t is not None]
         valid = None if mask is None else _boolean(mask, x.data, "mask")
-        _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)
+        _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)  # type: ignore[arg-type]
 
         self.inputs = inputs
         self.has_bias, self.has_state, self.projects = (
@@ -1136,7 +1145,7 @@ class _Sequence:
             "kernel": kernel.data,
             "recurrent_kernel": recurrent_kernel.data,
             "bias": None if bias is None else bias.data,
-            "params": tuple([p.data for p in params]),
+            "params": tuple([p.data for p in params]),  # type: ignore[union-attr]
             "state": None if state is None else tuple([s.data for s in state]),
             "valid": valid,
             "training": self.recorded or bool(training) or self.watcher is not None,
@@ -1150,7 +1159,7 @@ class _Sequence:
         }
         if quantized:
             _refuse_gradient(*self.inputs)
-            self.arguments |= {"kernel": kernel.matrix, "recurrent_kernel": _quantized(recurrent_kernel)}
+            self.arguments |= {"kernel": kernel.matrix, "recurrent_kernel": _quantized(recurrent_kernel)}  # type: ignore[attr-defined]
             if projection is not None:
                 self.arguments["projection"] = _quantized(projection)
         elif remat_steps is not None:
@@ -1161,7 +1170,7 @@ class _Sequence:
         elif not self.arguments["training"]:
             others = (recurrent_kernel,) if bias is None else (recurrent_kernel, bias)
             if all(isinstance(v, Variable) for v in (kernel, *others)):
-                self.arguments["prepacked"] = kernel.prepacked(*others)
+                self.arguments["prepacked"] = kernel.prepacked(*others)  # type: ignore[attr-defined]
 
     def keep(self, out: Any) -> list[Array]:
         """The results, batch-major: every output, the last states, the other states' sequences."""

@@ -9,6 +9,8 @@ hands on no gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from numlstm import ops, random
@@ -158,7 +160,7 @@ def _softmax(scores: Array, mask: Array | None) -> Array:
     return scores
 
 
-def _fitting(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
+def _fitting(mask: Any, shape: tuple[int, ...], like: Array) -> Array | None:
     """The mask as a bool array that broadcasts to `shape`, where `like` lies."""
     if mask is None:
         return None

@@ -59,7 +59,7 @@ class Optimizer(Configurable):
     """
 
     rule: ClassVar[str]  # the backend's name for the update
-    slot_names: ClassVar[tuple[str, ...]] = ()
+    slot_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class Optimizer(Configurable):
         global_clipnorm: float | None = None,
         name: str | None = None,
     ) -> None:
-        self.name = name or type(self).__name__.lower()
-        self.weight_decay = _number("weight_decay", weight_decay, optional=True)
-        self.clipnorm = _positive("clipnorm", clipnorm)
-        self.clipvalue = _positive("clipvalue", clipvalue)
-        self.global_clipnorm = _positive("global_clipnorm", global_clipnorm)
+        self.name: str = name or type(self).__name__.lower()
+        self.weight_decay: float | None = _number("weight_decay", weight_decay, optional=True)
+        self.clipnorm: float | None = _positive("clipnorm", clipnorm)
+        self.clipvalue: float | None = _positive("clipvalue", clipvalue)
+        self.global_clipnorm: float | None = _positive("global_clipnorm", global_clipnorm)
         given = [n for n in ("clipnorm", "clipvalue", "global_clipnorm") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(
                 f"give at most one of clipnorm, clipvalue, global_clipnorm; got {' and '.join(given)}"
             )
-        self.iterations = 0
+        self.iterations: int = 0
         self._schedule: LearningRateSchedule | None = None
         self._rate = 0.0
         self._set_learning_rate(learning_rate)
@@ -162,7 +162,7 @@ class Optimizer(Configurable):
                 variable.writable()  # counts the change
         for k in self._constrained:
             if gradients[k] is not None:
-                variables[k].assign(variables[k].constraint(variables[k].data))
+                variables[k].assign(variables[k].constraint(variables[k].data))  # type: ignore[misc]
 
     def _update(self, backend: Any, gradients: Sequence[Any], rate: float, decay: float) -> None:
         """Change the variables of `_plan` in place; `decay` is learning rate times weight decay."""
@@ -244,7 +244,7 @@ class Optimizer(Configurable):
     # Clipping
     def _clip(self, gradients: Sequence[Array | RowGradient | None]) -> Sequence[Array | RowGradient | None]:
         # Of a gradient of rows those that are not zero are all that counts, each once.
-        arrays = [g.values if type(g) is RowGradient else g for g in gradients if g is not None]
+        arrays: Any = [g.values if type(g) is RowGradient else g for g in gradients if g is not None]
         if self.clipvalue is not None:
             for g in arrays:
                 np.clip(g, -self.clipvalue, self.clipvalue, out=g)
@@ -254,7 +254,7 @@ class Optimizer(Configurable):
         else:
             norm = _norm(arrays)
             for g in arrays:
-                _shrink(g, self.global_clipnorm, norm)
+                _shrink(g, self.global_clipnorm, norm)  # type: ignore[arg-type]
         return gradients
 
     # State
@@ -332,7 +332,8 @@ class SGD(Optimizer):
     0.71
     """
 
-    rule, slot_names = "sgd", ("momentum",)
+    rule: ClassVar[str] = "sgd"
+    slot_names: tuple[str, ...] = ("momentum",)
 
     def __init__(
         self,
@@ -342,8 +343,8 @@ class SGD(Optimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(learning_rate, **options)
-        self.momentum = _fraction("momentum", momentum)
-        self.nesterov = bool(nesterov)
+        self.momentum: float = _fraction("momentum", momentum)
+        self.nesterov: bool = bool(nesterov)
         if not momentum:
             self.slot_names = ()  # nothing to remember: no memory is taken
 
@@ -368,7 +369,8 @@ class RMSprop(Optimizer):
     -0.5811
     """
 
-    rule, slot_names = "rmsprop", ("mean_square", "mean", "momentum")
+    rule: ClassVar[str] = "rmsprop"
+    slot_names: tuple[str, ...] = ("mean_square", "mean", "momentum")
 
     def __init__(
         self,
@@ -380,10 +382,10 @@ class RMSprop(Optimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(learning_rate, **options)
-        self.rho = _fraction("rho", rho)
-        self.momentum = _fraction("momentum", momentum)
-        self.epsilon = _positive("epsilon", epsilon)
-        self.centered = bool(centered)
+        self.rho: float = _fraction("rho", rho)
+        self.momentum: float = _fraction("momentum", momentum)
+        self.epsilon: float = _positive("epsilon", epsilon)
+        self.centered: bool = bool(centered)
         kept = {"mean_square": True, "mean": centered, "momentum": momentum > 0}
         self.slot_names = tuple(name for name, keep in kept.items() if keep)
 
@@ -409,7 +411,8 @@ class Adam(Optimizer):
     0.5
     """
 
-    rule, slot_names = "adam", ("m", "v", "v_max")
+    rule: ClassVar[str] = "adam"
+    slot_names: tuple[str, ...] = ("m", "v", "v_max")
 
     def __init__(
         self,
@@ -421,10 +424,10 @@ class Adam(Optimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(learning_rate, **options)
-        self.beta_1 = _fraction("beta_1", beta_1, open_end=True)
-        self.beta_2 = _fraction("beta_2", beta_2, open_end=True)
-        self.epsilon = _positive("epsilon", epsilon)
-        self.amsgrad = bool(amsgrad)
+        self.beta_1: float = _fraction("beta_1", beta_1, open_end=True)
+        self.beta_2: float = _fraction("beta_2", beta_2, open_end=True)
+        self.epsilon: float = _positive("epsilon", epsilon)
+        self.amsgrad: bool = bool(amsgrad)
         if not amsgrad:
             self.slot_names = ("m", "v")
 
@@ -456,7 +459,7 @@ class AdamW(Adam):
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
         amsgrad: bool = False,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[CommonOptions],  # type: ignore[misc]
     ) -> None:
         if weight_decay is None:
             raise ValueError("weight_decay: AdamW needs a number >= 0, got None; Adam is AdamW without it")

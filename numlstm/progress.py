@@ -44,6 +44,9 @@ class Lines(Silent):
     Epoch 1/2 - ...s - loss: 0.5000
     """
 
+    title: str
+    start: float
+
     def __init__(self, stream: Any = None) -> None:
         self.stream = stream
 
@@ -58,11 +61,14 @@ class Lines(Silent):
 class Bar(Silent):
     """A live bar with steps, time left and figures; each finished epoch leaves its line above it."""
 
+    title: str
+    start: float
+
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.display = Progress(
+        self.display: Progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -73,7 +79,7 @@ class Bar(Silent):
             transient=True,
         )
         self.task: Any = None
-        self.next = 0.0
+        self.next: float = 0.0
 
     def begin(self, title: str, total: int | None) -> None:
         if self.task is None:

@@ -79,7 +79,7 @@ def hold_int8(model: Layer, chosen: Mapping[str, Any]) -> None:
     """
     layers = dict(model.walk())
     for path, names in chosen.items():
-        layer = layers.get(path)
+        layer: Any = layers.get(path)
         for name in names:
             weight = getattr(layer, name, None)
             if not isinstance(weight, Variable) or weight.ndim != 2 or isinstance(weight, QuantizedVariable):
@@ -114,7 +114,7 @@ def _matrices(layer: Layer) -> list[str]:
     for kind, names, methods in MATRICES:
         if isinstance(layer, kind) and all(getattr(type(layer), m) is getattr(kind, m) for m in methods):
             held = {id(v) for v in layer._variables}  # not one that another layer lends
-            found = ((name, getattr(layer, name, None)) for name in names)
+            found: Any = ((name, getattr(layer, name, None)) for name in names)
             return [name for name, v in found if id(v) in held and v.ndim == 2]
     return []
 

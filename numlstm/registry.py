@@ -19,6 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])  # the class or function that is decorated: it keeps its type
 
 _custom_objects: ContextVar[Mapping[str, Any]] = ContextVar("custom_objects", default=MappingProxyType({}))
 
@@ -78,9 +79,13 @@ class Registry(Generic[T]):
             self._entries[_key(alias)] = (name, thing)
         return thing
 
-    def register(self, *aliases: str) -> Callable[[Any], Any]:
+    def register(self, *aliases: str) -> Callable[[C], C]:
         """Decorator: enter a class or function under its own name and `aliases`."""
-        return lambda thing: self.add(thing.__name__, thing, *aliases)
+
+        def enter(thing: Any) -> Any:
+            return self.add(thing.__name__, thing, *aliases)
+
+        return enter
 
     def names(self) -> list[str]:
         """Every name, aliases left out, sorted."""

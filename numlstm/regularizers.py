@@ -29,6 +29,9 @@ class L1L2(Regularizer):
     5.5
     """
 
+    l1: float
+    l2: float
+
     def __init__(self, l1: float = 0.0, l2: float = 0.0) -> None:
         self.l1, self.l2 = _strength("l1", l1), _strength("l2", l2)
 
@@ -52,7 +55,7 @@ class L1(Regularizer):
     """
 
     def __init__(self, l1: float = 0.01) -> None:
-        self.l1 = _strength("l1", l1)
+        self.l1: float = _strength("l1", l1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.l1 * ops.sum(ops.abs(x))
@@ -67,7 +70,7 @@ class L2(Regularizer):
     """
 
     def __init__(self, l2: float = 0.01) -> None:
-        self.l2 = _strength("l2", l2)
+        self.l2: float = _strength("l2", l2)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.l2 * ops.sum(ops.square(x))
@@ -78,7 +81,8 @@ def l1_l2(l1: float = 0.01, l2: float = 0.01) -> L1L2:
     return L1L2(l1, l2)
 
 
-l1, l2 = L1, L2
+l1 = L1
+l2 = L2
 
 
 def get(identifier: Any) -> Any:

@@ -121,8 +121,8 @@ class PiecewiseConstantDecay(LearningRateSchedule):
             )
         if any(b <= a for a, b in zip(boundaries, list(boundaries)[1:], strict=False)):
             raise ValueError(f"boundaries must rise; got {list(boundaries)}")
-        self.boundaries = list(boundaries)
-        self.values = list(values)
+        self.boundaries: list[int] = list(boundaries)
+        self.values: list[float] = list(values)
         self.name = name
 
     def __call__(self, step: int) -> float:

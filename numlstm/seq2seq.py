@@ -82,6 +82,11 @@ class Seq2Seq(Model):
     True
     """
 
+    bidirectional: bool
+    input_feeding: bool
+    score_mode: str
+    dropout: float
+
     def __init__(
         self,
         source_vocabulary: int,
@@ -96,10 +101,10 @@ class Seq2Seq(Model):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.source_vocabulary = positive("source_vocabulary", source_vocabulary)
-        self.target_vocabulary = positive("target_vocabulary", target_vocabulary)
-        self.units = positive("units", units)
-        self.embedding_units = positive("embedding_units", embedding_units or units)
+        self.source_vocabulary: int = positive("source_vocabulary", source_vocabulary)
+        self.target_vocabulary: int = positive("target_vocabulary", target_vocabulary)
+        self.units: int = positive("units", units)
+        self.embedding_units: int = positive("embedding_units", embedding_units or units)
         self.bidirectional, self.input_feeding = bool(bidirectional), bool(input_feeding)
         self.score_mode, self.dropout = score_mode, fraction("dropout", dropout)
         if target_vocabulary <= SPECIALS:
@@ -109,23 +114,23 @@ class Seq2Seq(Model):
             )
         if bidirectional and units % 2:
             raise ValueError(f"units: expected an even number, half for each direction, got {units}")
-        dtype = {"dtype": self.dtype}
-        recurrent = {"return_sequences": True, "return_state": True, **dtype}
-        self.source_embedding = Embedding(
+        dtype: dict[str, Any] = {"dtype": self.dtype}
+        recurrent: dict[str, Any] = {"return_sequences": True, "return_state": True, **dtype}
+        self.source_embedding: Embedding = Embedding(
             self.source_vocabulary, self.embedding_units, mask_zero=True, name="source_embedding", **dtype
         )
-        self.target_embedding = Embedding(
+        self.target_embedding: Embedding = Embedding(
             self.target_vocabulary, self.embedding_units, mask_zero=True, name="target_embedding", **dtype
         )
         width = self.units // 2 if self.bidirectional else self.units
-        self.encoder = LSTM(width, name="encoder", **recurrent)
+        self.encoder: LSTM = LSTM(width, name="encoder", **recurrent)
         if self.bidirectional:
-            self.backward_encoder = LSTM(width, go_backwards=True, name="backward_encoder", **recurrent)
-        self.decoder = LSTM(self.units, name="decoder", **recurrent)
-        self.attention = Attention(score_mode=score_mode, name="attention", **dtype)
-        self.combine = Dense(self.units, "tanh", use_bias=False, name="combine", **dtype)
-        self.thin = Dropout(self.dropout, name="thin", **dtype)
-        self.head = Dense(self.target_vocabulary, name="head", **dtype)
+            self.backward_encoder: LSTM = LSTM(width, go_backwards=True, name="backward_encoder", **recurrent)
+        self.decoder: LSTM = LSTM(self.units, name="decoder", **recurrent)
+        self.attention: Attention = Attention(score_mode=score_mode, name="attention", **dtype)
+        self.combine: Dense = Dense(self.units, "tanh", use_bias=False, name="combine", **dtype)
+        self.thin: Dropout = Dropout(self.dropout, name="thin", **dtype)
+        self.head: Dense = Dense(self.target_vocabulary, name="head", **dtype)
         self.build([(None, None), (None, None)])
 
     def build(self, input_shape: Any) -> None:
@@ -237,7 +242,7 @@ class Seq2Seq(Model):
         elif validation_data is not None:
             if not isinstance(validation_data, (tuple, list)) or len(validation_data) != 2:
                 raise ValueError("validation_data: expected (sources, targets)")
-            validation_data = self._pairs(*validation_data, batch_size)
+            validation_data = self._pairs(*validation_data, batch_size)  # type: ignore[call-arg]
         return super().fit(
             pairs, epochs=epochs, verbose=verbose, callbacks=callbacks, validation_data=validation_data,
             shuffle=shuffle, initial_epoch=initial_epoch, steps_per_epoch=steps_per_epoch,
@@ -394,7 +399,7 @@ class _Beam:
 
     def extend(self, steps: np.ndarray, last: bool) -> bool:
         """Extend by log probabilities (width, vocabulary) of the next token; is there reason to go on?"""
-        totals = (self.scores[:, None] + steps).ravel()
+        totals: Any = (self.scores[:, None] + steps).ravel()
         order = np.argsort(-totals, kind="stable")[: 2 * self.width]  # at most `width` of these can be ends
         order = order[np.isfinite(totals[order])]
         parents, ids = order // steps.shape[1], order % steps.shape[1]
@@ -454,6 +459,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 class _Pairs(Batches):
     """Batches of sources and targets, similar lengths together: padding is work for nothing."""
+
+    rows: int
 
     POOL = 50  # batches among which lengths are sorted
 

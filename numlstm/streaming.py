@@ -74,6 +74,8 @@ class Stream:
     True
     """
 
+    batch_size: int
+
     def __init__(self, model: Model, batch_size: int = 1) -> None:
         self._model, self.batch_size = model, positive("batch_size", batch_size)
         if not isinstance(model, Sequential):
@@ -321,7 +323,7 @@ class Stream:
             return Tensor(stack.y.copy())
         out = Tensor(stack.y[:, None].copy())
         if stack.masks or y.mask is not None:
-            out.mask = stack.valid[:, None].copy()
+            out.mask = stack.valid[:, None].copy()  # type: ignore[index]
         return out
 
     def _step_recurrent(self, k: int, layer: Any, x: Tensor) -> Tensor:
@@ -359,7 +361,7 @@ def _written(out: np.ndarray, y: np.ndarray) -> np.ndarray:
     return out
 
 
-def _native_form(layer: Layer, precision: str) -> list[native.Step] | str:
+def _native_form(layer: Any, precision: str) -> list[native.Step] | str:
     """A layer whose input is rows as the steps of a native call, or why it is none."""
     if isinstance(layer, Recurrent):
         return _recurrence(layer, precision)

@@ -10,14 +10,14 @@ added, and one-batch methods give the figures of their batch, not running means.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from numlstm import losses, metrics, optimizers, random
 from numlstm.autograd import GradientTape, QuantizedVariable, Tensor, Variable
 from numlstm.backend import (
-    PRECISIONS,
+    PRECISIONS,  # type: ignore[attr-defined]
     beside,
     get_backend,
     namespace,
@@ -56,14 +56,25 @@ class _Settings(NamedTuple):
         return None if self.precision in ("float32", "float64") else self.precision
 
 
-class Trainer:
+if TYPE_CHECKING:  # what a checker should know of `self`; Layer comes into `Model` beside this class
+    from numlstm.layers.base import Layer
+    from numlstm.layers.recurrent import Recurrent
+
+    class _Mixed(Layer):
+        def recurrent_layers(self) -> list[Recurrent]: ...
+
+else:
+    _Mixed = object
+
+
+class Trainer(_Mixed):
     """What makes a model trainable. Mixed into `Model`, which gives calls, weights and layers."""
 
     optimizer: Any = None
     loss: Any = None
     stop_training: bool = False
     history: History | None = None
-    _settings: _Settings | None = None
+    _settings: Any = None  # a _Settings, once compiled
     _loop: Any = None  # the running fit, for BackupAndRestore
 
     def compile(
@@ -538,7 +549,7 @@ class _Feed:
         self.shuffle, self.repeat = shuffle, repeat  # repeat: data that end within `steps` are begun anew
         self.limit = None if steps is None else _whole("steps_per_epoch" if repeat else "steps", steps, 1)
         self.steps = self.limit or _steps(data, chunk)
-        self._flow: Iterator[Batch] | None = None
+        self._flow: Any = None  # the iterator of batches
         self._peeked: list[Batch] = []
         self._backend: Any = (
             None  # to which batches are copied one by one, in so far as they do not lie there
@@ -624,9 +635,9 @@ class _Figures:
     def __init__(self, model: Trainer, class_table: np.ndarray | None = None) -> None:
         self.loss: losses.Loss | None = model.loss
         self.class_table = class_table
-        settings = model._settings
+        settings: Any = model._settings
         self.specs = [(m, False) for m in settings.metrics] + [(m, True) for m in settings.weighted_metrics]
-        self.metrics: list[tuple[metrics.Metric, bool, bool]] | None = None if self.specs else []
+        self.metrics: Any = None if self.specs else []
         self.total: Any = 0.0
         self.count: Any = 0.0
         self._waiting: list[dict[str, Any]] | None = None  # states from a backup, until the metrics are known
@@ -674,11 +685,11 @@ class _Figures:
             loss = np.where(amount == 0, 0.0, loss.astype(np.float64) * amount)
             self.total, self.count = self.total + loss, self.count + amount
         elif amount:
-            self.total += loss * amount if type(loss) is float else loss.astype(np.float64) * amount
+            self.total += loss * amount if type(loss) is float else loss.astype(np.float64) * amount  # type: ignore[union-attr]
             self.count += amount
         if self.metrics is None:
             self._resolve(batch, y_pred.data)
-        for metric, weighted, is_loss in self.metrics:
+        for metric, weighted, is_loss in self.metrics:  # type: ignore[union-attr]
             w = _metric_weights(mask, weights if weighted else None)
             if is_loss:
                 metric.add_loss(values.data, batch.y, w)
@@ -789,7 +800,7 @@ class _Penalties:
 
     def __init__(self, model: Trainer, variables: Sequence[Variable]) -> None:
         self.model = model
-        self.regularized = [v for v in variables if v.regularizer is not None]
+        self.regularized: list[Any] = [v for v in variables if v.regularizer is not None]
         self.layers = [layer for _, layer in model.walk()]
 
     def __call__(self) -> list[Tensor]:
@@ -814,10 +825,10 @@ class _Loop:
     ) -> None:
         self.model, self.feed = model, feed
         self.figures = _Figures(model, class_table)
-        self.validation = validation
+        self.validation: Any = validation
         self.validation_steps = validation_steps
-        self.validation_figures = None if validation is None else _Figures(model)
-        self.resume: tuple[int, int, dict[str, int], Mapping[str, Any] | None] | None = None
+        self.validation_figures: Any = None if validation is None else _Figures(model)
+        self.resume: Any = None  # (epoch, step, state of the randomness, sums of the figures)
 
     def go_on(self) -> None:
         """The validation data go where the backend in use works, once for all evaluations."""
@@ -1047,11 +1058,11 @@ def _join(pieces: list[list[np.ndarray]], last: Batch, sequences: bool) -> list[
     ]
 
 
-def _stack(parts: Sequence[np.ndarray], data: Batches) -> Any:
+def _stack(parts: Sequence[np.ndarray], data: Any) -> Any:
     """Batches one under the other; sequences of a ragged source each by itself, cut to its length."""
     ragged = isinstance(data, ArrayBatches) and isinstance(data.x, Ragged)
     if ragged and parts[0].ndim > 1:
-        lengths = [len(s) for s in data.x.sequences]
+        lengths = [len(s) for s in data.x.sequences]  # type: ignore[union-attr]
         size = data.batch_size
         longest = [max(1, *lengths[i : i + size], 1) for i in range(0, len(lengths), size)]
         if [p.shape[1] for p in parts] == longest and (len(set(longest)) > 1 or parts[0].ndim > 2):
@@ -1134,7 +1145,7 @@ def _metric_weights(mask: Any, weights: Any) -> Any:
     return mask * weights.reshape(weights.shape + (1,) * (mask.ndim - weights.ndim))
 
 
-def _same_loss(a: losses.Loss, b: losses.Loss | None) -> bool:
+def _same_loss(a: losses.Loss, b: Any) -> bool:
     """Do both give the same values? The reduction and the name do not matter."""
     if type(a) is not type(b) or isinstance(a, losses.FunctionLoss):
         return False

@@ -72,7 +72,9 @@ ROW_BYTES = 64
 REGISTERS = 8
 # The sums are in the registers from 0. A's first register; and by how many tiles of rows there are, B's registers, and how
 # many tiles of columns are made at once.
-A_REGISTER, B_REGISTER, ACROSS = 4, {2: (6, 7), 1: (5, 6, 7)}, {2: 2, 1: 4}
+A_REGISTER = 4
+B_REGISTER: dict[int, tuple[int, ...]] = {2: (6, 7), 1: (5, 6, 7)}
+ACROSS = {2: 2, 1: 4}
 LEAST_ROWS = 4  # with fewer rows most of a register is empty, and a product is bound by reading B
 
 # LDTILECFG's 64 bytes: palette 1, no row to start from, each register's bytes a row (16 bits each), then its rows.
@@ -155,7 +157,7 @@ class Emulation(Instructions):
         super().__init__(b)
         memory = b.alloca(ir.ArrayType(VECTOR, REGISTERS * UNIT))
         memory.align = ROW_BYTES
-        self.memory = b.ptrtoint(memory, I64)
+        self.memory: Any = b.ptrtoint(memory, I64)
 
     def _emit(self, name: str, *args: Any) -> None:
         places = [
@@ -366,14 +368,14 @@ _call = caller(1)
 
 
 @njit(**INNER_OPTIONS)
-def begin_tiles(state):
+def begin_tiles(state: int) -> None:
     """Configure the calling thread's registers; state: the address of `state`'s array, or 0 where no tiles serve."""
     if state != 0:
         _call(load_int(state + BEGIN), state)
 
 
 @njit(**INNER_OPTIONS)
-def end_tiles(state):
+def end_tiles(state: int) -> None:
     """Give the registers back, so that the system need not keep them when it switches threads."""
     if state != 0:
         _call(load_int(state + END), state)

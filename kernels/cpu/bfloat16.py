@@ -12,6 +12,8 @@ Sums, states, gates and master weights stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba import njit
 
 from .amx import ROWS, UNIT
@@ -56,7 +58,9 @@ LINE = 64  # bytes
 
 
 @njit(**INNER_OPTIONS)
-def round_rows(source, source_step, count, out, out_step, first, last):
+def round_rows(
+    source: int, source_step: int, count: int, out: int, out_step: int, first: int, last: int
+) -> None:
     """Rows first to last of `count` floats each to bfloat16, a zero after an odd count; steps in bytes."""
     for r in range(first, last):
         a, z = source + r * source_step, out + r * out_step
@@ -69,7 +73,7 @@ def round_rows(source, source_step, count, out, out_step, first, last):
 
 
 @njit(**INNER_OPTIONS)
-def clear_words(out, out_step, used, words, first, last):
+def clear_words(out: int, out_step: int, used: int, words: int, first: int, last: int) -> None:
     """Zeros from word `used` to `words` of rows first to last."""
     if used < words:
         for r in range(first, last):
@@ -82,7 +86,7 @@ def line_step(words: int) -> int:
     return ((words * 4 + LINE - 1) // LINE | 1) * LINE
 
 
-pair_step = njit(**INNER_OPTIONS)(line_step)
+pair_step: Callable[[int], int] = njit(**INNER_OPTIONS)(line_step)
 
 
 def transposing_bytes(H: int) -> int:
@@ -91,7 +95,20 @@ def transposing_bytes(H: int) -> int:
 
 
 @njit(**INNER_OPTIONS)
-def pack_transposed_pairs(source, row, rows, H, deep, gates, columns, out, by_block, scratch, shard, shards):
+def pack_transposed_pairs(
+    source: int,
+    row: int,
+    rows: int,
+    H: int,
+    deep: int,
+    gates: int,
+    columns: int,
+    out: int,
+    by_block: int,
+    scratch: int,
+    shard: int,
+    shards: int,
+) -> None:
     """The weights transposed, in pairs: (rows, row) -> panels [panel][gates deep][vectors LANES] words, padded with 0;
     `deep`: words of a gate's H values."""
     vectors = (rows + LANES - 1) // LANES
@@ -124,7 +141,9 @@ def pack_transposed_pairs(source, row, rows, H, deep, gates, columns, out, by_bl
 
 
 @njit(**INNER_OPTIONS)
-def pair_columns(source, step, depth, count, out, out_step, first, last):
+def pair_columns(
+    source: int, step: int, depth: int, count: int, out: int, out_step: int, first: int, last: int
+) -> None:
     """Words first to last along k of `count` columns of floats: (depth, count), `step` bytes from k to k, to rows of words
     `out_step` bytes apart, whole vectors of them, padded with 0."""
     for w in range(first, last):
@@ -139,7 +158,7 @@ def pair_columns(source, step, depth, count, out, out_step, first, last):
 
 
 @njit(**INNER_OPTIONS)
-def pair_rows(source, step, rows, out):
+def pair_rows(source: int, step: int, rows: int, out: int) -> None:
     """`rows` rows of `step` bytes of floats to words of two rows each, of as many bytes."""
     for r in range(0, rows - 1, 2):
         for q in range(0, step, VECTOR_BYTES):
@@ -152,7 +171,7 @@ def pair_rows(source, step, rows, out):
 
 
 @njit(**INNER_OPTIONS)
-def zip_rows(source, step, count, rows, zeros, out, out_step):
+def zip_rows(source: int, step: int, count: int, rows: int, zeros: int, out: int, out_step: int) -> None:
     """`rows` rows of `count` bfloat16 values to words of two rows each; whole vectors are read and written.
 
     `zeros`: so many bytes of them stand for the row after an odd number.
@@ -167,7 +186,7 @@ def zip_rows(source, step, count, rows, zeros, out, out_step):
             store(z + k * 4, zip_bf16(low, high))
 
 
-def pack_pairs(p, shard, shards):
+def pack_pairs(p: int, shard: int, shards: int) -> None:
     """parts.pack in pairs: (rows, row) -> [block][rows / 2][gates width] words; and x rounded, in every pass."""
     I, x_row = get(p, P.I), words(p, P.I) * 4
     first, last = share(get(p, P.X_ROWS), shard, shards)
@@ -204,7 +223,7 @@ def pack_pairs(p, shard, shards):
                     store(z + q * 4, load_n(a + q * 4, H - u * width - q))
 
 
-def pack_back_pairs(p, shard, shards):
+def pack_back_pairs(p: int, shard: int, shards: int) -> None:
     """parts.pack_back in pairs."""
     H, deep, by_block = (
         get(p, P.H),
@@ -222,7 +241,7 @@ def pack_back_pairs(p, shard, shards):
         of_gate, out = get(p, P.X_COLUMN), get(p, P.WT)
 
 
-def closing_pairs(p, shard, shards):
+def closing_pairs(p: int, shard: int, shards: int) -> None:
     """parts.closing in pairs along the rows, made a block of rows at a time."""
     TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
     gates, plain, zeros, width = get(p, P.GATES), get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.WIDTH) * 4
@@ -268,13 +287,13 @@ def closing_pairs(p, shard, shards):
 
 
 @njit(**INNER_OPTIONS)
-def turn_words(by_block, source, source_step, columns, out, out_step):
+def turn_words(by_block: int, source: int, source_step: int, columns: int, out: int, out_step: int) -> None:
     """UNIT rows of `columns` words, transposed: `columns`, in whole blocks of LANES, become rows of UNIT words."""
     for c in range(0, columns, LANES):
         transpose(by_block, source + c * 4, source_step, out + c * out_step, out_step)
 
 
-def closing_tiles(p, shard, shards):
+def closing_tiles(p: int, shard: int, shards: int) -> None:
     """closing_pairs for amx.py's tiles: x's and h's pairs are transposed to rows, UNIT words at a time, and a tile that has
     not a whole number of UNITs of rows goes through memory of the thread's own."""
     TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)

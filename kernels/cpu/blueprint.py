@@ -36,6 +36,10 @@ class Blueprint:
         where: the words' places in the table that `write` fills; in order from the first unless given.
     """
 
+    offset: dict[Any, int]
+    zeroed: int
+    floats: int
+
     def __init__(
         self,
         zeroed: Mapping[str, int],
@@ -43,11 +47,11 @@ class Blueprint:
         words: Sequence[Word],
         where: Sequence[int] | None = None,
     ) -> None:
-        self.size = {**zeroed, **rest}
+        self.size: dict[str, int] = {**zeroed, **rest}
         self.offset, self.zeroed, self.floats = lay_out(zeroed, rest)
         places = range(len(words)) if where is None else where
-        self.where = slice(0, len(words)) if where is None else np.array(places, np.intp)
-        self.words = np.zeros(len(words), np.int64)
+        self.where: slice | np.ndarray = slice(0, len(words)) if where is None else np.array(places, np.intp)
+        self.words: np.ndarray = np.zeros(len(words), np.int64)
         groups: dict[str, list[int]] = {}
         for k, (at, word) in enumerate(zip(places, words, strict=True)):
             if isinstance(word, Relative):
@@ -56,7 +60,7 @@ class Blueprint:
                 groups.setdefault("slab" if piece else word.to, []).append(at)
             else:
                 self.words[k] = word
-        self.relative = {name: np.array(at, np.intp) for name, at in groups.items()}
+        self.relative: dict[str, np.ndarray] = {name: np.array(at, np.intp) for name, at in groups.items()}
 
     def slab(self) -> np.ndarray:
         """Memory for the pieces."""

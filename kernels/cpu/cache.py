@@ -66,10 +66,11 @@ def problem() -> str | None:
 class _Made:
     """How many kernels this process has compiled, and how many it has loaded from the cache."""
 
-    compiled = loaded = 0
+    compiled: int = 0
+    loaded: int = 0
 
 
-made = _Made()
+made: _Made = _Made()
 
 
 def _hash_of_sources() -> str:

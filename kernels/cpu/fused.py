@@ -60,8 +60,8 @@ from .workspace import address, aligned, lay_out
 
 __all__ = ["forward_tile", "prepare", "prepare_back"]
 
-call_backward_tile = caller(8)  # p, s, s_step, rows, t, b, v, vectors
-call_steps = caller(4)  # p, shard, shards, met
+call_backward_tile: Any = caller(8)  # p, s, s_step, rows, t, b, v, vectors
+call_steps: Any = caller(4)  # p, shard, shards, met
 
 
 def _forward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:

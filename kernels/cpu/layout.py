@@ -266,7 +266,7 @@ def product_tiles(stage: Stage, precision: str = "float32") -> np.ndarray:
 
 
 @njit(**INNER_OPTIONS)
-def words(p, place):
+def words(p: int, place: int) -> int:
     """How many words of a row of a product's operand as many values take as stand at `place`; per word and unit are powers
     of two."""
     per_word = get(p, P.PER_WORD)

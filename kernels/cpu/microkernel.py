@@ -228,6 +228,6 @@ def _plain(precision: str) -> np.ndarray:
 
 
 # Calls of what stands in the tables, by address.
-transpose = caller(4)  # source, bytes between its rows, target, bytes between its rows
-tile1 = caller(PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # a tile of one product
-tile2 = caller(2 * PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # of two
+transpose: Any = caller(4)  # source, bytes between its rows, target, bytes between its rows
+tile1: Any = caller(PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # a tile of one product
+tile2: Any = caller(2 * PRODUCT_ARGUMENTS + LAST_ARGUMENTS)  # of two

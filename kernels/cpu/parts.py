@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from numba import njit, types
 
@@ -46,14 +47,14 @@ __all__ = [
     "tile_rows",
 ]
 
-call_part = caller(3)  # the plan, and the caller's share of the work
-call_forward_step = caller(7)
-call_dx_step = caller(8)
+call_part: Any = caller(3)  # the plan, and the caller's share of the work
+call_forward_step: Any = caller(7)
+call_dx_step: Any = caller(8)
 GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
 
 
 @njit(**INNER_OPTIONS)
-def tile_rows(left, most):
+def tile_rows(left: int, most: int) -> int:
     """Rows of the next tile of up to `most` when `left` remain: the last two share evenly, so that none is thin; but in
     amx.py's, whose rows come in UNITs, the last one has what is left."""
     if most != TILE_ROWS:
@@ -64,19 +65,19 @@ def tile_rows(left, most):
 
 
 @njit(**INNER_OPTIONS)
-def group_bytes(p):
+def group_bytes(p: int) -> int:
     """Bytes of a row of `product_tiles`; the last two numbers are the bytes of a packed row before the group."""
     return 8 * (get(p, P.TILE_ROWS) + 2)
 
 
 @njit(**INNER_OPTIONS)
-def share_panels(vectors, shard, shards):
+def share_panels(vectors: int, shard: int, shards: int) -> tuple[int, int]:
     """A thread's share of so many vectors, in whole panels of TILE_COLUMNS."""
     first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
     return first * TILE_COLUMNS, min(last * TILE_COLUMNS, vectors)
 
 
-def pack(p, shard, shards):
+def pack(p: int, shard: int, shards: int) -> None:
     """The weights in the order of the forward tiles, the gates' columns of each block of units side by side, padded with
     0: (rows, row) -> [block][rows][gates width]. And the biases. In a narrow last block the recurrent weights' gates
     stand closer, as many floats apart as the block has units. Nothing is done where a pass before this one has done it."""
@@ -108,7 +109,7 @@ def pack(p, shard, shards):
             of_gate, step, rows = get(p, P.X_COLUMN), get(p, P.PRE) * width * 4, 1 if source != 0 else 0
 
 
-def input_product(p, u0, u1):
+def input_product(p: int, u0: int, u1: int) -> None:
     """The input's part of all pre-activations: tall tiles read the input's weights once for many steps. Not in amx.py's
     tiles, which would write past the last row."""
     TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), words(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
@@ -127,7 +128,7 @@ def input_product(p, u0, u1):
                 )  # fmt: skip
 
 
-def forward_step(p, t, b0, b1, u0, u1, scratch):
+def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: int) -> None:
     """Step t on rows b0 to b1 and blocks u0 to u1: the products of a tile, then the stage's equations on it.
 
     A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards.
@@ -183,7 +184,7 @@ def forward_step(p, t, b0, b1, u0, u1, scratch):
             b += m
 
 
-def pack_back(p, shard, shards):
+def pack_back(p: int, shard: int, shards: int) -> None:
     """The weights transposed: (rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors
     LANES], padded with 0. In blocks of LANES by LANES: float by float it took a fifth of a short sequence's backward
     pass."""
@@ -216,7 +217,7 @@ def pack_back(p, shard, shards):
         of_gate, out = get(p, P.X_COLUMN), get(p, P.WT)
 
 
-def dx_step(p, t, d, b0, b1, x0, x1, s):
+def dx_step(p: int, t: int, d: int, b0: int, b1: int, x0: int, x1: int, s: int) -> None:
     """Step t's gradient of the input, rows b0 to b1 and vectors x0 to x1, of the gates' gradients at `d`."""
     B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * words(p, P.H)
     d_row, add, most = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD), get(p, P.TILE_ROWS)
@@ -240,7 +241,7 @@ def dx_step(p, t, d, b0, b1, x0, x1, s):
             b += m
 
 
-def closing(p, shard, shards):
+def closing(p: int, shard: int, shards: int) -> None:
     """The weights' gradients, packed: dW = x^T dgates, dR = h^T dgates, db = sum of dgates.
 
     Threads share the tiles of dW and dR, by rows of the weights. Blocks of time and batch are outermost: their rows of x and
@@ -288,7 +289,7 @@ def closing(p, shard, shards):
                     )  # fmt: skip
 
 
-def unpack(p, shard, shards):
+def unpack(p: int, shard: int, shards: int) -> None:
     """The packed gradients of the weights in the weights' own order: the reverse of `pack`."""
     H, blocks, width = get(p, P.H), get(p, P.BLOCKS), get(p, P.WIDTH)
     packed, rows, gates, of_gate = get(p, P.DWP), get(p, P.I), get(p, P.X_GATES), get(p, P.X_COLUMN)

@@ -28,7 +28,7 @@ def get(b, plan, place):
 
 
 @njit(**INNER_OPTIONS)
-def share(total, shard, shards):
+def share(total: int, shard: int, shards: int) -> tuple[int, int]:
     """First and one past the last of this shard's part of range(total)."""
     return total * shard // shards, total * (shard + 1) // shards
 

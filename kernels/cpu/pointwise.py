@@ -583,6 +583,11 @@ class Updates:
     [0.5, -0.5]
     """
 
+    rule: str
+    kept: list[tuple[np.ndarray, tuple[np.ndarray | None, ...]]]
+    at: int
+    kernel: Any
+
     def __init__(
         self,
         rule: str,
@@ -590,11 +595,11 @@ class Updates:
         decays: Sequence[bool] | None = None,
     ) -> None:
         self.rule, self.kept = rule, list(variables)  # kept alive: the table holds their addresses
-        self.decays = list(decays) if decays is not None else [False] * len(self.kept)
-        self.shapes = [w.shape for w, _ in variables]
-        self.elements = sum(w.size for w, _ in variables)
-        self.settings = np.zeros((2, 16), np.float32)  # without and with weight decay
-        self.table = np.zeros((len(self.kept), len(Slots)), np.int64)
+        self.decays: list[bool] = list(decays) if decays is not None else [False] * len(self.kept)
+        self.shapes: list[tuple[int, ...]] = [w.shape for w, _ in variables]
+        self.elements: int = sum(w.size for w, _ in variables)
+        self.settings: np.ndarray = np.zeros((2, 16), np.float32)  # without and with weight decay
+        self.table: np.ndarray = np.zeros((len(self.kept), len(Slots)), np.int64)
         for row, (w, slots), decay in zip(self.table, self.kept, self.decays, strict=True):
             for a in (w, *(s for s in slots if s is not None)):
                 fits = a.dtype == np.float32 and a.shape == w.shape
@@ -605,9 +610,9 @@ class Updates:
             row[Slots.SIZE], row[Slots.W] = w.size, address(w)
             row[Slots.S0 : Slots.S0 + len(slots)] = [0 if s is None else address(s) for s in slots]
             row[Slots.SETTINGS] = address(self.settings[int(decay)])
-        self.plan = np.array([len(self.kept), address(self.table)], np.int64)
-        self.gradients = self.table[:, Slots.G]
-        self.sparse = False  # does the table hold the index of a gradient of rows?
+        self.plan: np.ndarray = np.array([len(self.kept), address(self.table)], np.int64)
+        self.gradients: np.ndarray = self.table[:, Slots.G]
+        self.sparse: bool = False  # does the table hold the index of a gradient of rows?
         self.at, self.kernel = address(self.plan), _update_kernel(rule)
 
     def __call__(self, gradients: Sequence[Any], options: tuple[Any, ...], decay: float = 0.0) -> None:

@@ -291,7 +291,7 @@ def store_bytes(b, address, x, inverse):
 
 
 @njit(**INNER_OPTIONS)
-def quantize_row(x, n, out, scale):
+def quantize_row(x: int, n: int, out: int, scale: int) -> None:
     """n floats to bytes and a scale; `out` has room for whole vectors."""
     largest = splat(np.float32(0))
     whole = n // LANES * LANES
@@ -407,7 +407,7 @@ PRODUCTS_BYTES = 8 * len(Q)
 
 
 @njit(**INNER_OPTIONS)
-def copy_bias(p):
+def copy_bias(p: int) -> None:
     if get(p, P.PACKED) != 0:
         return
     H, width = get(p, P.H), get(p, P.WIDTH)
@@ -420,7 +420,7 @@ def copy_bias(p):
 
 
 @njit(**INNER_OPTIONS)
-def input_product(p, q, t0, t1, b0, b1, u0, u1):
+def input_product(p: int, q: int, t0: int, t1: int, b0: int, b1: int, u0: int, u1: int) -> None:
     """The input's part of the pre-activations of steps t0 to t1; zeros in place of what only the recurrence feeds."""
     B, quads, bp, rows = get(p, P.B), get(q, Q.X_QUADS), get(p, P.BP), get(q, Q.CHUNK) * get(p, P.B)
     xq, xq_row, scales, table = get(q, Q.XQ), get(q, Q.XQ_ROW), get(q, Q.X_SCALE), get(q, Q.TILES)
@@ -450,7 +450,7 @@ def input_product(p, q, t0, t1, b0, b1, u0, u1):
 
 
 @njit(**INNER_OPTIONS)
-def step(p, q, t, ahead, b0, b1, u0, u1, shard):
+def step(p: int, q: int, t: int, ahead: int, b0: int, b1: int, u0: int, u1: int, shard: int) -> None:
     """Step t, the `ahead`-th of those whose input products are there: h in eight bits, its product, the equations."""
     B, quads, rows, table = get(p, P.B), get(q, Q.H_QUADS), get(q, Q.CHUNK) * get(p, P.B), get(q, Q.TILES)
     hq, hq_row = get(q, Q.HQ) + shard * get(q, Q.HQ_SHARD), get(q, Q.HQ_ROW)
@@ -479,7 +479,7 @@ def step(p, q, t, ahead, b0, b1, u0, u1, shard):
 
 
 @njit(**INNER_OPTIONS)
-def quantize_inputs(q, T, B, shard, shards):
+def quantize_inputs(q: int, T: int, B: int, shard: int, shards: int) -> None:
     """A thread's share of the inputs' rows."""
     first, last = share(T * B, shard, shards)
     for r in range(first, last):

@@ -31,6 +31,15 @@ JIT_OPTIONS: dict[str, Any] = {
 # For functions that only kernels call: what Python would need to call them is not compiled.
 INNER_OPTIONS: dict[str, Any] = {**JIT_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
+# llvmlite says nothing of its types
+I8: Any
+I16: Any
+I32: Any
+I64: Any
+F32: Any
+VECTOR: Any
+VECTOR_INT: Any
+HALVES: Any
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, VECTOR_INT, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 VECTOR_BYTES = LANES * 4
@@ -49,8 +58,8 @@ def _vector_type(name: str, llvm_type: ir.Type) -> types.Type:
     return Vector()
 
 
-vec = _vector_type(f"numlstm_f32x{LANES}", VECTOR)
-mask = _vector_type(f"numlstm_m1x{LANES}", ir.VectorType(ir.IntType(1), LANES))
+vec: types.Type = _vector_type(f"numlstm_f32x{LANES}", VECTOR)
+mask: types.Type = _vector_type(f"numlstm_m1x{LANES}", ir.VectorType(ir.IntType(1), LANES))
 
 _CODES = {"v": vec, "m": mask, "i": types.int64, "f": types.float32, "d": types.float64, "0": types.void}
 

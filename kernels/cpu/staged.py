@@ -94,7 +94,7 @@ NORM_HEAD = 3  # before them: how many there are, units, the address of the rows
 
 # Tiles
 
-call_backward_tile = caller(5)  # p, rows, t, b, u
+call_backward_tile: Any = caller(5)  # p, rows, t, b, u
 
 
 def _vector(name: str, table: str, k: int, at: str) -> str:
@@ -303,20 +303,20 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
 
 
 @njit(**INNER_OPTIONS)
-def place(entry, t, b):
+def place(entry: int, t: int, b: int) -> int:
     """The address of row b of a vector's step t."""
     at = ((t + load_int(entry + 24)) & load_int(entry + 32)) * load_int(entry + 8)
     return load_int(entry) + at + b * load_int(entry + 16)
 
 
 @njit(**INNER_OPTIONS)
-def gradient_place(entry, t, b):
+def gradient_place(entry: int, t: int, b: int) -> int:
     """The address of row b of a vector's gradient at step t."""
     return load_int(entry) + ((t + load_int(entry + 24)) & 1) * load_int(entry + 8) + b * load_int(entry + 16)
 
 
 @njit(**INNER_OPTIONS)
-def normalize_rows(table, t, b0, b1, B):
+def normalize_rows(table: int, t: int, b0: int, b1: int, B: int) -> None:
     """Rows b0 to b1 of a group of vectors to mean 0 and variance 1 over all its units, in sums of one fixed order."""
     count, units, factors = load_int(table), load_int(table + 8), load_int(table + 16)
     first = table + NORM_HEAD * 8
@@ -348,7 +348,7 @@ def normalize_rows(table, t, b0, b1, B):
 
 
 @njit(**INNER_OPTIONS)
-def normalize_rows_back(table, t, b0, b1, B):
+def normalize_rows_back(table: int, t: int, b0: int, b1: int, B: int) -> None:
     """From the gradients of normalised rows to those of what was normalised: d = f (d' - mean(d') - y mean(d' y))."""
     count, units, factors = load_int(table), load_int(table + 8), load_int(table + 16)
     first = table + NORM_HEAD * 8
@@ -385,7 +385,7 @@ def normalize_rows_back(table, t, b0, b1, B):
 
 
 @njit(**INNER_OPTIONS)
-def source_step(p, t, b0, b1, v0, v1, s):
+def source_step(p: int, t: int, b0: int, b1: int, v0: int, v1: int, s: int) -> None:
     """The gradients of a stage's recurrent product, added to its source's."""
     units, depth, zeros = get(p, P.K), get(p, P.H_GATES) * words(p, P.H), get(p, P.ZEROS)
     d_row, mask, mask_row = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.D_MASK), get(p, P.MASK_B)

@@ -74,7 +74,7 @@ class Rows(IntEnum):
     LOGARITHM = auto()
 
 
-call_kernel = caller(3)  # a plan, the shard, how many shards there are
+call_kernel: Any = caller(3)  # a plan, the shard, how many shards there are
 
 
 def _run(p, calls, _):
@@ -256,7 +256,7 @@ class Stack:
         self.batch = batch
         self._calls: list[tuple[int, int]] = []
         self._kept: list[Any] = []  # what plans point into, and kernels whose addresses they hold
-        self.masks = any(isinstance(s, Masking) or (isinstance(s, Lookup) and s.masks) for s in steps)
+        self.masks: bool = any(isinstance(s, Masking) or (isinstance(s, Lookup) and s.masks) for s in steps)
         self.valid: np.ndarray | None = np.ones(batch, np.bool_) if masked or self.masks else None
         self._marked = masked  # does anything before the next layer write `valid`?
         self.states: list[tuple[np.ndarray, ...]] = []

@@ -88,7 +88,7 @@ def _current_cpu() -> Callable[[], int]:
     return lambda: -1
 
 
-current_cpu = _current_cpu()
+current_cpu: Callable[[], int] = _current_cpu()
 
 
 def leave_cpu(cpu: int) -> None:
@@ -151,10 +151,10 @@ def this_cpu(b):
     return b.sext(call(b, "sched_getcpu", I32), I64) if sys.platform.startswith("linux") else I64(-1)
 
 
-call_kernel = caller(3)
+call_kernel: Any = caller(3)
 
 
-def serve(slot, _, __):
+def serve(slot: int, _: int, __: int) -> int:
     """What a helper does from its waking until it sleeps (the result is -1), or finds itself on the processor of who gives
     it work (the result)."""
     waited = 0
@@ -199,7 +199,7 @@ def _lead(work, slots, others):
                 give_way()
 
 
-def at_once(work, slots, others):
+def at_once(work: int, slots: int, others: int) -> int:
     """Make all calls if every helper is waiting: whether it did. work: (kernel, plan, shard, shards) for each thread."""
     for k in range(others):
         if exchange_if(slots + k * SLOT_BYTES, WAITING, RESERVED) == 0:
@@ -211,13 +211,13 @@ def at_once(work, slots, others):
     return 1
 
 
-def hand_out(work, slots, others):
+def hand_out(work: int, slots: int, others: int) -> int:
     """Give the helpers their work, asleep or not."""
     _hand_out(work, slots, others)
     return 1
 
 
-def lead(work, slots, others):
+def lead(work: int, slots: int, others: int) -> int:
     """The caller's part: its own call, then to wait for the others'."""
     _lead(work, slots, others)
     return 1

@@ -5,6 +5,7 @@ A compiled tile is called by its address, which plans hold: so the loops around 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from numba import types
 
@@ -29,7 +30,7 @@ from .simd import (
 
 __all__ = ["aux_rows", "call_forward_tile", "compile_tile", "inline", "store_rows"]
 
-call_forward_tile = caller(7)  # p, s, s_step, rows, t, b, u
+call_forward_tile: Any = caller(7)  # p, s, s_step, rows, t, b, u
 
 
 def inline(source: str, arguments: tuple[str, ...], results: list[str], indent: str) -> list[str]:

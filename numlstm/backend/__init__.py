@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import cuda, ranges
-from .base import IN_PRECISION, PRECISIONS, Backend, Kernel, lookup, register
+from .base import IN_PRECISION, PRECISIONS, Backend, Kernel, lookup, register  # type: ignore[attr-defined]
 from .cpu import CpuBackend
 
 __all__ = [

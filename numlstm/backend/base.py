@@ -155,6 +155,9 @@ class Backend:
     (2, 3)
     """
 
+    strict: bool
+    precision: str
+
     name = "reference"
     device = "reference"
     xp = np

@@ -45,8 +45,8 @@ class BackupAndRestore(Callback):
     ) -> None:
         if not os.fspath(backup_dir):
             raise ValueError("backup_dir: got an empty path, expected a folder")
-        self.path = Path(backup_dir) / "backup.safetensors"
-        self.save_freq = steps_or_epoch("save_freq", save_freq)
+        self.path: Path = Path(backup_dir) / "backup.safetensors"
+        self.save_freq: int | Literal["epoch"] = steps_or_epoch("save_freq", save_freq)
         self.delete_checkpoint = delete_checkpoint
         self._steps = 0
         self._random_at_epoch: dict[str, int] = {}  # as it was before anything of this epoch was drawn

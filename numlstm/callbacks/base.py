@@ -203,6 +203,8 @@ class LambdaCallback(Callback):
     1 {}
     """
 
+    functions: dict[str, Function[..., Any]]
+
     def __init__(self, **functions: Function[..., Any] | None) -> None:
         hooks = [name for name in dir(Callback) if name.startswith("on_")]
         unknown = sorted(set(functions) - set(hooks))

@@ -17,6 +17,10 @@ Mode = Literal["auto", "min", "max"]
 class _Watcher(Callback):
     """What callbacks share that follow one figure: its name, which direction is better, the best so far."""
 
+    monitor: str
+    min_delta: float
+    patience: int
+
     def __init__(self, monitor: str, mode: Mode, min_delta: float, patience: int = 0) -> None:
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"mode: expected auto, min or max; got {mode!r}")
@@ -24,7 +28,7 @@ class _Watcher(Callback):
             raise ValueError(f"patience: expected an integer >= 0, got {patience!r}")
         self.monitor, self.mode, self.min_delta, self.patience = monitor, mode, abs(min_delta), patience
         self.best: float | None = None
-        self.wait = 0
+        self.wait: int = 0
 
     @property
     def larger_is_better(self) -> bool:
@@ -78,6 +82,13 @@ class EarlyStopping(_Watcher):
     >>> EarlyStopping(monitor="val_loss", patience=3).patience
     3
     """
+
+    verbose: int
+    baseline: float | None
+    start_from_epoch: int
+    wait: int
+    best_epoch: int
+    stopped_epoch: int
 
     def __init__(
         self,
@@ -146,6 +157,12 @@ class ReduceLROnPlateau(_Watcher):
     0.5
     """
 
+    factor: float
+    verbose: int
+    cooldown: int
+    min_lr: float
+    wait: int
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -161,7 +178,7 @@ class ReduceLROnPlateau(_Watcher):
         if not 0 < factor < 1:
             raise ValueError(f"factor: expected a number between 0 and 1, got {factor!r}")
         self.factor, self.verbose, self.cooldown, self.min_lr = factor, verbose, cooldown, min_lr
-        self.cooling = 0
+        self.cooling: int = 0
 
     def on_train_begin(self, logs: Logs) -> None:
         self.best, self.wait, self.cooling = None, 0, 0
@@ -202,6 +219,9 @@ class LearningRateScheduler(Callback):
     >>> LearningRateScheduler(lambda epoch, rate: rate * 0.9).verbose
     0
     """
+
+    schedule: Function[[int, float], float]
+    verbose: int
 
     def __init__(self, schedule: Function[[int, float], float], verbose: int = 0) -> None:
         if not callable(schedule):
@@ -251,6 +271,11 @@ class ModelCheckpoint(_Watcher):
     'val_loss'
     """
 
+    filepath: str
+    verbose: int
+    save_best_only: bool
+    options: dict[str, Any]
+
     def __init__(
         self,
         filepath: str | os.PathLike[str],
@@ -270,7 +295,7 @@ class ModelCheckpoint(_Watcher):
                 "save_weights_only: the one kind of file holds weights and model; expected False"
             )
         self.filepath, self.verbose, self.save_best_only = os.fspath(filepath), verbose, save_best_only
-        self.save_freq = steps_or_epoch("save_freq", save_freq)
+        self.save_freq: int | Literal["epoch"] = steps_or_epoch("save_freq", save_freq)
         self.best = initial_value_threshold
         self.options = {"include_optimizer": include_optimizer, "preprocessing": preprocessing}
         self._epoch = self._steps = 0

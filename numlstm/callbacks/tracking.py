@@ -29,6 +29,10 @@ class CSVLogger(Callback):
     ','
     """
 
+    filename: Path
+    separator: str
+    append: bool
+
     def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
         self.filename, self.separator, self.append = Path(filename), separator, append
         self.keys: list[str] | None = None
@@ -60,6 +64,9 @@ class JSONLogger(Callback):
     >>> JSONLogger("log.jsonl").append
     False
     """
+
+    filename: Path
+    append: bool
 
     def __init__(self, filename: str | os.PathLike[str], append: bool = False) -> None:
         self.filename, self.append = Path(filename), append
@@ -95,6 +102,9 @@ class TensorBoard(Callback):
     'first'
     """
 
+    log_dir: Path
+    histogram_freq: int
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str] = "logs",
@@ -105,8 +115,8 @@ class TensorBoard(Callback):
         if isinstance(histogram_freq, bool) or not isinstance(histogram_freq, int) or histogram_freq < 0:
             raise ValueError(f"histogram_freq: expected a number of epochs >= 0, got {histogram_freq!r}")
         self.log_dir, self.histogram_freq = Path(log_dir), histogram_freq
-        self.write_steps_per_second = bool(write_steps_per_second)
-        self.update_freq = steps_or_epoch("update_freq", update_freq)
+        self.write_steps_per_second: bool = bool(write_steps_per_second)
+        self.update_freq: int | Literal["epoch"] = steps_or_epoch("update_freq", update_freq)
         self._writers: dict[str, Any] = {}
         self._steps = 0
 
@@ -181,7 +191,7 @@ class TensorBoard(Callback):
 def _tensorboard() -> Any:
     """What is used of the tensorboard package."""
     try:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
         from tensorboard.plugins.histogram.summary_v2 import histogram_pb
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -17,7 +17,7 @@ from numlstm.cli import convert, estimators, forecast, inspect, text, tools, war
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="numlstm",
     help="Recurrent networks on text and tables: train, evaluate and use them.",
     no_args_is_help=False,
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train = typer.Typer(help="Train a model on a file of yours.", rich_markup_mode=None)
+train: typer.Typer = typer.Typer(help="Train a model on a file of yours.", rich_markup_mode=None)
 train.command("text")(text.train_text)
 train.command("forecast")(forecast.train_forecast)
 train.command("classify")(estimators.train_classify)

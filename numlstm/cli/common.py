@@ -90,7 +90,7 @@ class Run:
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
-        self.record = record
+        self.record: dict[str, Any] = record
 
     @classmethod
     def start(

@@ -89,18 +89,18 @@ class ArrayBatches(Batches):
         batch_size: int | None = None,
         dtype: Any = np.float32,
     ) -> None:
-        self.dtype = np.dtype(dtype)
-        self.batch_size = _batch_size(batch_size)
-        self.x = _column("x", x, self.dtype)
-        self.came_from = None if isinstance(self.x, Ragged) else place_of(self.x.array)
-        self.y = None if y is None else _column("y", y, self.dtype)
-        self.sample_weight = (
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.batch_size: int = _batch_size(batch_size)
+        self.x: _Dense | Ragged = _column("x", x, self.dtype)
+        self.came_from: str | None = None if isinstance(self.x, Ragged) else place_of(self.x.array)
+        self.y: _Dense | Ragged | None = None if y is None else _column("y", y, self.dtype)
+        self.sample_weight: _Dense | Ragged | None = (
             None if sample_weight is None else _column("sample_weight", sample_weight, self.dtype)
         )
-        self.rows = len(self.x)
-        self.steps = math.ceil(self.rows / self.batch_size)
-        self.mask = None if mask is None else _mask(mask, self.x)
-        self.lengths = None if lengths is None else _lengths(lengths, self.x)
+        self.rows: int = len(self.x)
+        self.steps: int = math.ceil(self.rows / self.batch_size)
+        self.mask: np.ndarray | None = None if mask is None else _mask(mask, self.x)
+        self.lengths: np.ndarray | None = None if lengths is None else _lengths(lengths, self.x)
         if mask is not None and lengths is not None:
             raise ValueError(
                 "give mask or lengths, not both: lengths are a mask of the first steps of each row"
@@ -227,12 +227,13 @@ class ArrayBatches(Batches):
 
     def _gather_chunks(self, rows: Rows, chunk: int, timed: bool) -> Iterator[Batch]:
         """`cut(self._gather(rows), chunk)` without ever holding more than one chunk of a row."""
-        if self.x.array.ndim < 2:
-            raise ValueError(f"bptt_steps: x must have a time axis to cut; got shape {self.x.array.shape}")
-        time = self.x.array.shape[1]
-        timed = timed and _timed(self.x.array, None if self.y is None else getattr(self.y, "array", None))
+        source: Any = self.x  # a _Dense: what is ragged is cut when it is gathered
+        if source.array.ndim < 2:
+            raise ValueError(f"bptt_steps: x must have a time axis to cut; got shape {source.array.shape}")
+        time = source.array.shape[1]
+        timed = timed and _timed(source.array, None if self.y is None else getattr(self.y, "array", None))
         weight_timed = self.sample_weight is not None and _timed(
-            self.x.array, getattr(self.sample_weight, "array", None)
+            source.array, getattr(self.sample_weight, "array", None)
         )
         for start in range(0, time, chunk):
             span = slice(start, min(start + chunk, time))
@@ -252,10 +253,14 @@ class IteratorBatches(Batches):
     which they are drawn.
     """
 
+    source: Any
+    dtype: np.dtype[Any]
+    name: str
+
     def __init__(self, source: Any, *, dtype: Any = np.float32, name: str = "x") -> None:
         self.source, self.dtype, self.name = source, np.dtype(dtype), name
-        self.steps = len(source) if hasattr(source, "__len__") and not callable(source) else None
-        self.endless = isinstance(source, Iterator)
+        self.steps: int | None = len(source) if hasattr(source, "__len__") and not callable(source) else None
+        self.endless: bool = isinstance(source, Iterator)
 
     def epoch(
         self, *, shuffle: bool = False, chunk: int | None = None, timed: bool = True
@@ -344,8 +349,8 @@ def cut(batch: Batch, chunk: int, timed: bool = True) -> Iterator[Batch]:
         span = slice(start, min(start + chunk, time))
         yield Batch(
             _contiguous(batch.x[:, span]),
-            batch.y[:, span] if timed else batch.y,
-            batch.sample_weight[:, span] if weight_timed else batch.sample_weight,
+            batch.y[:, span] if timed else batch.y,  # type: ignore[index]
+            batch.sample_weight[:, span] if weight_timed else batch.sample_weight,  # type: ignore[index]
             None if batch.mask is None else batch.mask[:, span],
             start == 0,
             span.stop == time,
@@ -411,6 +416,10 @@ def _of(rows: Rows, array: Any) -> Any:
 class _Dense:
     """An array or memmap; `take` gives rows in the model's dtype, contiguous."""
 
+    name: str
+    array: np.ndarray
+    lazy: bool
+
     range: tuple[Any, Any] | None = (
         None  # on a device: the smallest and the largest number, if they are known
     )
@@ -418,8 +427,8 @@ class _Dense:
     def __init__(self, name: str, array: np.ndarray, dtype: np.dtype[Any], lazy: bool) -> None:
         self.name, self.array, self.lazy = name, array, lazy
         # Integers stay: they are ids or labels. All floats (and flags) become the model's dtype.
-        self.dtype = array.dtype if array.dtype.kind in "iu" else dtype
-        self.exact = array.dtype == self.dtype
+        self.dtype: np.dtype[Any] = array.dtype if array.dtype.kind in "iu" else dtype
+        self.exact: bool = array.dtype == self.dtype
 
     def __len__(self) -> int:
         return len(self.array)
@@ -488,10 +497,13 @@ class _Dense:
 class Ragged:
     """A list of sequences of unequal length, padded a batch at a time."""
 
+    name: str
+    sequences: list[np.ndarray]
+
     def __init__(self, name: str, sequences: list[np.ndarray], dtype: np.dtype[Any]) -> None:
         self.name, self.sequences = name, sequences
         common = np.result_type(*{s.dtype for s in sequences})  # one float among ids makes them all floats
-        self.dtype = common if common.kind in "iu" else dtype
+        self.dtype: np.dtype[Any] = common if common.kind in "iu" else dtype
 
     def __len__(self) -> int:
         return len(self.sequences)

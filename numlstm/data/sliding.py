@@ -37,6 +37,16 @@ class SlidingWindows(Batches):
     ([[0.0, 1.0], [1.0, 2.0]], [[1.0], [1.0]])
     """
 
+    origins: np.ndarray
+    window: int
+    horizon: int
+    targets: np.ndarray | None
+    base: np.ndarray | None
+    spread: np.ndarray
+    known: np.ndarray | None
+    rows: int
+    steps: int
+
     def __init__(
         self,
         inputs: np.ndarray,
@@ -52,11 +62,11 @@ class SlidingWindows(Batches):
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-        self.inputs = np.asarray(inputs, np.float32)
+        self.inputs: np.ndarray = np.asarray(inputs, np.float32)
         self.origins, self.window, self.horizon = np.asarray(origins), window, horizon
         self.targets, self.base, self.spread, self.known = targets, base, np.asarray(spread), known
-        self.batch_size = int(batch_size)
-        self.count = len(self.origins)
+        self.batch_size: int = int(batch_size)
+        self.count: int = len(self.origins)
         self.rows, self.steps = self.count, math.ceil(self.count / self.batch_size)
 
     def epoch(

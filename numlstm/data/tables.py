@@ -233,8 +233,8 @@ class Scaler:
     """
 
     def __init__(self, mean: Iterable[float], deviation: Iterable[float]) -> None:
-        self.mean = np.asarray(list(mean), dtype=np.float64)
-        self.deviation = np.asarray(list(deviation), dtype=np.float64)
+        self.mean: np.ndarray = np.asarray(list(mean), dtype=np.float64)
+        self.deviation: np.ndarray = np.asarray(list(deviation), dtype=np.float64)
         if self.mean.shape != self.deviation.shape:
             raise ValueError(
                 f"mean and deviation must be equally long, got {len(self.mean)}, {len(self.deviation)}"
@@ -308,8 +308,8 @@ class Features:
     """
 
     def __init__(self, columns: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> None:
-        self.columns = [dict(column) for column in columns]
-        self.notes = list(notes)
+        self.columns: list[dict[str, Any]] = [dict(column) for column in columns]
+        self.notes: list[str] = list(notes)
 
     @classmethod
     def fit(cls, table: Table, names: Sequence[str], rows: int) -> Features:

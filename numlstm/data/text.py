@@ -82,8 +82,8 @@ class Vocabulary:
     unknown = 0
 
     def __init__(self, tokens: Iterable[str], level: Level = "char") -> None:
-        self.tokens = tuple(tokens)
-        self.level = _check_level(level)
+        self.tokens: tuple[str, ...] = tuple(tokens)
+        self.level: Level = _check_level(level)
         self._ids = {token: number for number, token in enumerate(self.tokens)}
         if len(self._ids) != len(self.tokens):
             repeated = [token for token, count in Counter(self.tokens).items() if count > 1]

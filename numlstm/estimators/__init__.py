@@ -8,10 +8,10 @@ and anomaly detector also read tables whose rows are time steps, as pandas' are.
 
 try:
     import sklearn as _sklearn  # noqa: F401
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "numlstm.estimators needs scikit-learn, which is not installed: pip install 'numlstm[sklearn]'"
-    ) from error
+    ) from _error
 
 from numlstm.estimators.anomalies import LSTMAnomalyDetector
 from numlstm.estimators.files import load

@@ -59,6 +59,10 @@ class LSTMAnomalyDetector(OutlierMixin, RecurrentEstimator):
     (300, 6)
     """
 
+    feature_center_: np.ndarray
+    feature_scale_: np.ndarray
+    error_center_: np.ndarray
+
     def __init__(
         self,
         window: int = 24,
@@ -125,11 +129,11 @@ class LSTMAnomalyDetector(OutlierMixin, RecurrentEstimator):
         )  # fmt: skip
         errors = self._errors(panel, scaled)
         self.error_center_, spread = _robust(np.concatenate(errors), constant=LEAST)
-        self.error_scale_ = np.maximum(spread, LEAST)
+        self.error_scale_: np.ndarray = np.maximum(spread, LEAST)
         scores = np.concatenate([np.atleast_1d(s) for s in self._scores(panel, errors)])
         if self.contamination == "auto":
             low, high = np.percentile(scores, [25, 75])
-            self.offset_ = float(low - 1.5 * (high - low))
+            self.offset_: float = float(low - 1.5 * (high - low))
         else:
             self.offset_ = float(np.percentile(scores, 100 * self.contamination))
         return self

@@ -25,7 +25,13 @@ from numlstm.io.native import model_bytes, model_from_bytes
 
 __all__ = ["CELLS", "RecurrentEstimator", "build"]
 
-CELLS = {"lstm": nl.LSTM, "gru": nl.GRU, "rnn": nl.SimpleRNN, "slstm": nl.SLSTM, "indrnn": nl.IndRNN}
+CELLS: dict[str, Any] = {
+    "lstm": nl.LSTM,
+    "gru": nl.GRU,
+    "rnn": nl.SimpleRNN,
+    "slstm": nl.SLSTM,
+    "indrnn": nl.IndRNN,
+}
 """The recurrent layers by the name that `cell=` takes."""
 
 
@@ -157,7 +163,7 @@ class RecurrentEstimator(BaseEstimator):
     # Pickles and files
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[arg-type]
         if "model_" in state:
             state["model_"] = model_bytes(state["model_"])
         return state

@@ -110,6 +110,9 @@ class LSTMForecaster(RecurrentEstimator):
     True
     """
 
+    came_as_: dict[str, Any]
+    continuations_: list[dict[str, Any]] | None
+
     def __init__(
         self,
         horizon: int = 1,
@@ -171,7 +174,7 @@ class LSTMForecaster(RecurrentEstimator):
         """Train on the tables X; y is not used, it is there for scikit-learn's pipelines."""
         self._check_options()
         panel = self._panel(X, reset=True)
-        self.single_ = panel.single
+        self.single_: bool = panel.single
         self._choose_columns(panel)
         lengths = np.array([len(table) for table in panel.tables])
         held = np.maximum(self.horizon, np.round(self._fraction() * lengths).astype(int))
@@ -199,7 +202,7 @@ class LSTMForecaster(RecurrentEstimator):
             options={"sequences": bool(self.known_), "zeros": True},
             x=self._windows(encoded, train),
         )
-        self.margins_ = np.zeros((len(self.targets_), len(self._quantiles)))
+        self.margins_: np.ndarray = np.zeros((len(self.targets_), len(self._quantiles)))
         if early and self.calibrate and self._quantiles:
             self._calibrate(encoded, after)
         self._remember(panel)
@@ -246,9 +249,9 @@ class LSTMForecaster(RecurrentEstimator):
                 )
             return [str(c) for c in several]
 
-        self.known_ = named("known_future", self.known_future)
+        self.known_: list[str] = named("known_future", self.known_future)
         rest = [name for name in panel.names if name not in self.known_]
-        self.targets_ = rest if self.target is None else named("target", self.target)
+        self.targets_: list[str] = rest if self.target is None else named("target", self.target)
         if not self.targets_ or set(self.targets_) & set(self.known_):
             raise ValueError(f"target: expected columns that are not in known_future, got {self.targets_}")
         for table in panel.tables:
@@ -256,7 +259,7 @@ class LSTMForecaster(RecurrentEstimator):
                 table.numbers(name)  # raises for text
 
     def _choose_window(self, rows: int) -> None:
-        self.window_ = int(min(24, max(1, rows - self.horizon)) if self.window is None else self.window)
+        self.window_: int = int(min(24, max(1, rows - self.horizon)) if self.window is None else self.window)
         if rows < self.window_ + self.horizon:
             raise ValueError(
                 f"X: {rows} rows to train on (n_samples = {rows} with n_features = 1 a step, where arrays are read as one "
@@ -273,8 +276,8 @@ class LSTMForecaster(RecurrentEstimator):
             cut = {n: [t[n][:r] for t, r in zip(tables, training, strict=True)] for n in panel.names}
             pooled, rows = Table({n: np.concatenate(v) for n, v in cut.items()}, "X"), int(training.sum())
         features = Features.fit(pooled, panel.names, rows)
-        self.inputs_ = features.to_dict()
-        self.known_inputs_ = np.array([
+        self.inputs_: list[dict[str, Any]] = features.to_dict()
+        self.known_inputs_: np.ndarray = np.array([
             column["name"] in self.known_
             for column in features.columns
             for _ in range(len(column["categories"]) if "categories" in column else 1 + column["gaps"])
@@ -335,11 +338,11 @@ class LSTMForecaster(RecurrentEstimator):
         ahead = encoded.targets[origins[:, None] + np.arange(1, self.horizon + 1)]
         change = ahead - encoded.last[origins][:, None]
         if self.predict_change is None:
-            self.change_ = change.std(axis=(0, 1)) <= ahead.std(axis=(0, 1)) / 2
+            self.change_: np.ndarray = change.std(axis=(0, 1)) <= ahead.std(axis=(0, 1)) / 2
         else:
             self.change_ = np.full(len(self.targets_), bool(self.predict_change))
         spread = np.where(self.change_, change.std(axis=(0, 1)), ahead.std(axis=(0, 1)))
-        self.spread_ = np.where(spread > 1e-9, spread, 1.0)
+        self.spread_: np.ndarray = np.where(spread > 1e-9, spread, 1.0)
 
     def _calibrate(self, encoded: _Encoded, origins: np.ndarray) -> None:
         """Move the ends of each interval, for each target by one amount, so that it holds its share of held-out values.
@@ -372,7 +375,7 @@ class LSTMForecaster(RecurrentEstimator):
 
     def _remember(self, panel: Panel) -> None:
         """What `predict` without X needs: the last rows of each table, and how its index goes on."""
-        self.tails_ = []
+        self.tails_: list[Any] = []
         for table in panel.tables:
             first = max(0, len(table) - self.window_ - 1)
             tail = {name: values[first:].copy() for name, values in table.columns.items()}
@@ -380,7 +383,7 @@ class LSTMForecaster(RecurrentEstimator):
                 if values.dtype != object:
                     values[0] = carry_forward(table[name])[first]
             self.tails_.append(tail)
-        self.tail_statistics_ = self._statistics(panel.tables)
+        self.tail_statistics_: list[list[dict[str, Any]]] = self._statistics(panel.tables)
         self.came_as_ = {"kind": panel.kind, "single": panel.single, "keys": panel.keys, "ndim": panel.ndim}
         self.continuations_ = None if panel.index is None else [continuation(index) for index in panel.index]
 

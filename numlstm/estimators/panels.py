@@ -175,7 +175,7 @@ def _arrays(estimator: Any, X: Any, rows: str, reset: bool, allow_nan: bool, nam
                 "a row; X[:, None] with rows='steps', or a pandas Series, is one table"
             )
         X = np.reshape(X, (-1, 1))
-    X = validate_data(estimator, X, reset=reset, **options)
+    X = validate_data(estimator, X, reset=reset, **options)  # type: ignore[arg-type]
     if rows == "steps":
         return Panel([_table(X, name)], "steps", True, ndim=ndim)
     return Panel([_table(row[:, None], name) for row in X], "samples", False)
@@ -195,9 +195,9 @@ def continuation(index: Any) -> dict[str, Any]:
     if isinstance(index, pd.DatetimeIndex):
         freq = index.freqstr or (pd.infer_freq(index) if len(index) > 2 else None)
         if freq is None and len(index) > 1 and len(set(np.diff(index[-3:].asi8))) == 1:
-            freq = pd.tseries.frequencies.to_offset(index[-1] - index[-2]).freqstr
+            freq = pd.tseries.frequencies.to_offset(index[-1] - index[-2]).freqstr  # type: ignore[arg-type]
         if freq is not None:
-            return {**names, "kind": "datetime", "last": index[-1].isoformat(), "freq": freq}
+            return {**names, "kind": "datetime", "last": index[-1].isoformat(), "freq": freq}  # type: ignore[attr-defined]
     elif index.dtype.kind in "iuf" and len(index) > 1:
         steps = np.diff(np.asarray(index[-25:], np.float64))
         if np.allclose(steps, steps[0]):

@@ -263,7 +263,7 @@ class LSTMRegressor(RegressorMixin, _Supervised):
         samples = self._read(X, reset=True)
         targets = _target(self, y, dtype=np.float64)
         check_consistent_length(samples, targets)
-        self.target_ndim_ = targets.ndim
+        self.target_ndim_: int = targets.ndim
         targets = targets.reshape(len(targets), -1)
         seed = self._seed()
         train, held = self._parts(len(targets), seed, None)

@@ -80,6 +80,10 @@ class Trace(Mapping[str, np.ndarray]):
         loss: the loss that was differentiated, penalties included, or None.
     """
 
+    layers: dict[str, LayerTrace]
+    outputs: Any
+    loss: float | None
+
     def __init__(self, layers: dict[str, LayerTrace], outputs: Any, loss: float | None) -> None:
         self.layers, self.outputs, self.loss = layers, outputs, loss
         self._arrays = {

@@ -24,6 +24,10 @@ class Link(nn.RNNBase):
         options: as the module of that name takes them.
     """
 
+    last: bool
+    reverse: bool
+    merge: str
+
     def __init__(
         self, *sizes: Any, last: bool = False, reverse: bool = False, merge: str = "concat", **options: Any
     ) -> None:
@@ -64,4 +68,4 @@ class RNN(Link, nn.RNN):
     """nn.RNN as a link."""
 
 
-CLASSES = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}
+CLASSES: dict[str, type[Link]] = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}

@@ -7,7 +7,7 @@ tensors, as from `Embedding(mask_zero=True)`; a query that may look nowhere gath
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,12 @@ class _Attending(Layer):
 
     def __init__(self, dropout: float = 0.0, seed: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.dropout = fraction("dropout", dropout)
+        self.dropout: float = fraction("dropout", dropout)
         if seed is not None and (
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
         ):
             raise ValueError(f"seed: expected None or an integer >= 0, got {seed!r}")
-        self.seed = None if seed is None else int(seed)
+        self.seed: int | None = None if seed is None else int(seed)
 
     def _check_rank(self, inputs: Any) -> None:
         if not isinstance(inputs, list) or len(inputs) not in (2, 3):
@@ -166,6 +166,8 @@ class Attention(_OneHead):
     (2, 3, 4)
     """
 
+    score: Variable
+
     def __init__(
         self,
         use_scale: bool = False,
@@ -184,31 +186,31 @@ class Attention(_OneHead):
             raise ValueError(f"score_mode: expected one of {', '.join(SCORE_MODES)}, got {score_mode!r}")
         if units is not None and score_mode != "additive":
             raise ValueError(f"units: belongs to score_mode='additive', got it with {score_mode!r}")
-        self.use_scale = bool(use_scale)
+        self.use_scale: bool = bool(use_scale)
         self.score_mode = score_mode
-        self.units = None if units is None else positive("units", units)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.units: int | None = None if units is None else positive("units", units)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
+        self.kernel_regularizer: Any = regularizers.get(kernel_regularizer)
+        self.kernel_constraint: Any = constraints.get(kernel_constraint)
 
     def build(self, input_shape: Sequence[Shape]) -> None:
         """scale (), then by mode: kernel (query, key); concat_score_weight (); query_kernel, key_kernel,
         score."""
         (*_, queries), _, (*_, keys) = _three(input_shape)
-        self.scale = self.add_weight("scale", (), "ones") if self.use_scale else None
+        self.scale: Variable | None = self.add_weight("scale", (), "ones") if self.use_scale else None
         if self.score_mode in ("dot", "concat") and queries != keys:
             raise ValueError(
                 f"{self.name}: score_mode {self.score_mode!r} needs query and key of one size, "
                 f"got {queries} and {keys} features"
             )
         if self.score_mode == "general":
-            self.kernel = self._kernel("kernel", (queries, keys))
+            self.kernel: Variable = self._kernel("kernel", (queries, keys))
         elif self.score_mode == "concat":
-            self.concat_score_weight = self.add_weight("concat_score_weight", (), "ones")
+            self.concat_score_weight: Variable = self.add_weight("concat_score_weight", (), "ones")
         elif self.score_mode == "additive":
             units = self.units or keys
-            self.query_kernel = self._kernel("query_kernel", (queries, units))
-            self.key_kernel = self._kernel("key_kernel", (keys, units))
+            self.query_kernel: Variable = self._kernel("query_kernel", (queries, units))
+            self.key_kernel: Variable = self._kernel("key_kernel", (keys, units))
             self.score = self.add_weight("score", (units,), "glorot_uniform", self.kernel_regularizer)
 
     def _kernel(self, name: str, shape: tuple[int, ...]) -> Variable:
@@ -268,11 +270,13 @@ class AdditiveAttention(_OneHead):
     (2, 3, 4)
     """
 
+    scale: Variable | None
+
     def __init__(
         self, use_scale: bool = True, dropout: float = 0.0, seed: int | None = None, **options: Any
     ) -> None:
         super().__init__(dropout, seed, **options)
-        self.use_scale = bool(use_scale)
+        self.use_scale: bool = bool(use_scale)
 
     def build(self, input_shape: Sequence[Shape]) -> None:
         """scale (features,)."""
@@ -322,6 +326,18 @@ class MultiHeadAttention(_Attending):
     ((2, 5, 8), (2, 2, 5, 5))
     """
 
+    num_heads: int
+    key_dim: int
+    output_shape: Shape | None
+    query_kernel: Variable
+    query_bias: Variable | None
+    key_kernel: Variable
+    key_bias: Variable | None
+    value_kernel: Variable
+    value_bias: Variable | None
+    output_kernel: Variable
+    output_bias: Variable | None
+
     def __init__(
         self,
         num_heads: int,
@@ -342,18 +358,18 @@ class MultiHeadAttention(_Attending):
     ) -> None:
         super().__init__(dropout, seed, **options)
         self.num_heads, self.key_dim = positive("num_heads", num_heads), positive("key_dim", key_dim)
-        self.value_dim = self.key_dim if value_dim is None else positive("value_dim", value_dim)
-        self.use_bias = bool(use_bias)
+        self.value_dim: int = self.key_dim if value_dim is None else positive("value_dim", value_dim)
+        self.use_bias: bool = bool(use_bias)
         self.output_shape = None if output_shape is None else checked_shape("output_shape", output_shape)
         if self.output_shape is not None and None in self.output_shape:
             raise ValueError(f"output_shape: expected known sizes, got {output_shape!r}")
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.activity_regularizer = regularizers.get(activity_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
+        self.bias_initializer: Any = initializers.get(bias_initializer)
+        self.kernel_regularizer: Any = regularizers.get(kernel_regularizer)
+        self.bias_regularizer: Any = regularizers.get(bias_regularizer)
+        self.activity_regularizer: Callable[[Tensor], Tensor] | None = regularizers.get(activity_regularizer)
+        self.kernel_constraint: Any = constraints.get(kernel_constraint)
+        self.bias_constraint: Any = constraints.get(bias_constraint)
 
     def build(self, input_shape: Sequence[Shape]) -> None:
         """The four projections, in Keras' order."""
@@ -367,9 +383,7 @@ class MultiHeadAttention(_Attending):
         self.value_kernel, self.value_bias = self._projection("value", (value[-1], N, V), (N, V))
         self.output_kernel, self.output_bias = self._projection("output", (N, V, *out), out)
 
-    def _projection(
-        self, name: str, shape: tuple[int, ...], bias: tuple[int, ...]
-    ) -> tuple[Variable, Variable | None]:
+    def _projection(self, name: str, shape: Shape, bias: Shape) -> tuple[Variable, Variable | None]:
         kernel = self.add_weight(
             f"{name}_kernel", shape, self.kernel_initializer, self.kernel_regularizer, self.kernel_constraint
         )
@@ -526,7 +540,12 @@ class TransformerBlock(Layer):
     (3, 5, 8)
     """
 
-    input_ndim = 3
+    normalize_first: bool
+    causal: bool
+    attention_norm: LayerNormalization
+    feedforward_norm: LayerNormalization
+
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     supports_masking = True
 
@@ -545,14 +564,14 @@ class TransformerBlock(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.num_heads = positive("num_heads", num_heads)
-        self.intermediate_dim = positive("intermediate_dim", intermediate_dim)
-        self.key_dim = None if key_dim is None else positive("key_dim", key_dim)
-        self.dropout = fraction("dropout", dropout)
-        self.activation = activations.get(activation)
+        self.num_heads: int = positive("num_heads", num_heads)
+        self.intermediate_dim: int = positive("intermediate_dim", intermediate_dim)
+        self.key_dim: int | None = None if key_dim is None else positive("key_dim", key_dim)
+        self.dropout: float = fraction("dropout", dropout)
+        self.activation: activations.Activation = activations.get(activation)
         self.normalize_first, self.causal = bool(normalize_first), bool(causal)
         self.layer_norm_epsilon = layer_norm_epsilon
-        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
 
     def build(self, input_shape: Shape) -> None:
         """The layers inside: attention_norm, attention, feedforward_norm, expand, contract."""
@@ -564,13 +583,13 @@ class TransformerBlock(Layer):
             )
         options = {"kernel_initializer": self.kernel_initializer, "dtype": dtype}
         self.attention_norm = LayerNormalization(epsilon=self.layer_norm_epsilon, dtype=dtype)
-        self.attention = MultiHeadAttention(
+        self.attention: MultiHeadAttention = MultiHeadAttention(
             self.num_heads, self.key_dim or features // self.num_heads, dropout=self.dropout, **options
         )
         self.feedforward_norm = LayerNormalization(epsilon=self.layer_norm_epsilon, dtype=dtype)
-        self.expand = Dense(self.intermediate_dim, self.activation, **options)
-        self.contract = Dense(features, **options)
-        self.thin = Dropout(self.dropout, dtype=dtype)
+        self.expand: Dense = Dense(self.intermediate_dim, self.activation, **options)
+        self.contract: Dense = Dense(features, **options)
+        self.thin: Dropout = Dropout(self.dropout, dtype=dtype)
         for layer in (self.attention_norm, self.feedforward_norm, self.expand, self.thin):
             layer.build(shape)
         self.attention.build([shape, shape])

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from numlstm.backend import (
 from numlstm.registry import Configurable, Registry, constructor_parameters, snake_case, suggest
 
 Shape = tuple[int | None, ...]
+L = TypeVar("L", bound="Layer")
 
 registry: Registry[type["Layer"]] = Registry("layer")
 
@@ -84,6 +85,8 @@ class Layer(Configurable):
     (2, 3)
     """
 
+    input_shape: Shape | None
+
     # The rank a layer needs, batch included: `input_ndim` exactly, `min_ndim` at least.
     input_ndim: int | None = None
     min_ndim: int | None = None
@@ -107,9 +110,9 @@ class Layer(Configurable):
             raise ValueError(f"{type(self).__name__}: unknown option {option!r}: {suggest(option, known)}")
         if name is not None and (not isinstance(name, str) or not name or "/" in name):
             raise ValueError(f"name: expected a string without '/', got {name!r}")
-        self.name = name or automatic_name(type(self))
-        self.trainable = bool(trainable)
-        self.dtype = checked_dtype(dtype)
+        self.name: str = name or automatic_name(type(self))
+        self.trainable: bool = bool(trainable)
+        self.dtype: str = checked_dtype(dtype)
         self.input_shape = None if input_shape is None else checked_shape("input_shape", input_shape)
         self.built = False
         self.build_shape: Any = None  # what `build` was given; saved with the model
@@ -374,7 +377,7 @@ class Layer(Configurable):
     def add_weight(
         self,
         name: str,
-        shape: Sequence[int],
+        shape: Sequence[Any],
         initializer: Any = "glorot_uniform",
         regularizer: Any = None,
         constraint: Any = None,
@@ -527,7 +530,7 @@ class Layer(Configurable):
         latest = [loss for _, layer in self.walk() if layer._root is self._root for loss in layer._losses]
         return weights + latest
 
-    losses = property(regularization_losses)
+    losses: property = property(regularization_losses)
 
     def cast(self, dtype: Any) -> None:
         """Turn this layer and all inside it to another floating-point dtype, weights included.
@@ -591,7 +594,7 @@ _BOOKKEEPING = frozenset(
 )
 
 
-def register_layer(cls: type[Layer]) -> type[Layer]:
+def register_layer(cls: type[L]) -> type[L]:
     """Decorator: make a layer or model class known by its name, so that `nl.load` can rebuild it.
 
     Raises:
@@ -610,7 +613,8 @@ def register_layer(cls: type[Layer]) -> type[Layer]:
         raise ValueError(
             f"register_layer: {cls.__name__!r} is the name of a layer that numlstm knows already"
         )
-    return registry.add(cls.__name__, cls)
+    registry.add(cls.__name__, cls)
+    return cls
 
 
 def to_config(layer: Layer) -> dict[str, Any]:

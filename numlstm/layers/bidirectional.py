@@ -44,7 +44,7 @@ class Bidirectional(Layer):
     ((2, 5, 8), 'backward_lstm')
     """
 
-    input_ndim = 3
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
 
     def __init__(
@@ -64,9 +64,9 @@ class Bidirectional(Layer):
         if merge_mode not in MERGE_MODES:
             raise ValueError(f"merge_mode: expected one of {MERGE_MODES}, got {merge_mode!r}")
         self.merge_mode = merge_mode
-        self.forward_layer = copied(layer, "forward")
+        self.forward_layer: Recurrent = copied(layer, "forward")
         if backward_layer is None:
-            self.backward_layer = copied(layer, "backward", go_backwards=not layer.go_backwards)
+            self.backward_layer: Recurrent = copied(layer, "backward", go_backwards=not layer.go_backwards)
         else:
             self.backward_layer = checked_layer("backward_layer", backward_layer)
         self._check_pair()

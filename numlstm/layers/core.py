@@ -9,13 +9,13 @@ a mask is said in its docstring; a layer that mixes or removes the time axis end
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from numlstm import activations, constraints, initializers, ops, regularizers
-from numlstm.autograd import Tensor
+from numlstm.autograd import Tensor, Variable
 from numlstm.backend import namespace, ranges
 from numlstm.layers.base import (
     Layer,
@@ -43,6 +43,9 @@ class InputLayer(Layer):
     (None, 3)
     """
 
+    shape: Shape | None
+    batch_shape: Shape | None
+
     supports_masking = True
     per_step = True
     keeps_integers = True
@@ -60,7 +63,7 @@ class InputLayer(Layer):
             raise ValueError("shape: expected the shape of one sample, such as (time, features)")
         options.pop("input_shape", None)
         super().__init__(input_shape=shape, **options)
-        self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
+        self.batch_size: int | None = None if batch_size is None else positive("batch_size", batch_size)
         self.shape, self.batch_shape = self.input_shape, None
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class Dense(Layer):
     (4, 2)
     """
 
-    min_ndim = 2
+    min_ndim: int | None = 2
     input_axes = "(batch, ..., features)"
     supports_masking = True
     per_step = True
@@ -120,27 +123,27 @@ class Dense(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.units = positive("units", units)
-        self.activation = activations.get(activation)
-        self.use_bias = bool(use_bias)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.activity_regularizer = regularizers.get(activity_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
+        self.units: int = positive("units", units)
+        self.activation: activations.Activation = activations.get(activation)
+        self.use_bias: bool = bool(use_bias)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
+        self.bias_initializer: Any = initializers.get(bias_initializer)
+        self.kernel_regularizer: Any = regularizers.get(kernel_regularizer)
+        self.bias_regularizer: Any = regularizers.get(bias_regularizer)
+        self.activity_regularizer: Callable[[Tensor], Tensor] | None = regularizers.get(activity_regularizer)
+        self.kernel_constraint: Any = constraints.get(kernel_constraint)
+        self.bias_constraint: Any = constraints.get(bias_constraint)
 
     def build(self, input_shape: Shape) -> None:
         """kernel (features, units), bias (units,)."""
-        self.kernel = self.add_weight(
+        self.kernel: Variable = self.add_weight(
             "kernel",
             (_features(self, input_shape), self.units),
             self.kernel_initializer,
             self.kernel_regularizer,
             self.kernel_constraint,
         )
-        self.bias = None
+        self.bias: Variable | None = None
         if self.use_bias:
             self.bias = self.add_weight(
                 "bias", (self.units,), self.bias_initializer, self.bias_regularizer, self.bias_constraint
@@ -192,16 +195,16 @@ class Embedding(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.input_dim = positive("input_dim", input_dim)
-        self.output_dim = positive("output_dim", output_dim)
-        self.embeddings_initializer = initializers.get(embeddings_initializer)
-        self.embeddings_regularizer = regularizers.get(embeddings_regularizer)
-        self.embeddings_constraint = constraints.get(embeddings_constraint)
-        self.mask_zero = bool(mask_zero)
+        self.input_dim: int = positive("input_dim", input_dim)
+        self.output_dim: int = positive("output_dim", output_dim)
+        self.embeddings_initializer: Any = initializers.get(embeddings_initializer)
+        self.embeddings_regularizer: Any = regularizers.get(embeddings_regularizer)
+        self.embeddings_constraint: Any = constraints.get(embeddings_constraint)
+        self.mask_zero: bool = bool(mask_zero)
 
     def build(self, input_shape: Shape) -> None:
         """embeddings (input_dim, output_dim)."""
-        self.embeddings = self.add_weight(
+        self.embeddings: Variable = self.add_weight(
             "embeddings",
             (self.input_dim, self.output_dim),
             self.embeddings_initializer,
@@ -263,6 +266,8 @@ class Dropout(Layer):
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
+    noise_shape: Shape | None
+
     supports_masking = True
     per_step = True
 
@@ -274,13 +279,13 @@ class Dropout(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.rate = fraction("rate", rate)
+        self.rate: float = fraction("rate", rate)
         self.noise_shape = None if noise_shape is None else checked_shape("noise_shape", noise_shape)
         if seed is not None and (
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
         ):
             raise ValueError(f"seed: expected None or an integer >= 0, got {seed!r}")
-        self.seed = None if seed is None else int(seed)
+        self.seed: int | None = None if seed is None else int(seed)
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """The inputs, thinned out if `training`."""
@@ -314,7 +319,7 @@ class Activation(Layer):
 
     def __init__(self, activation: Any, **options: Any) -> None:
         super().__init__(**options)
-        self.activation = activations.get(activation)
+        self.activation: activations.Activation = activations.get(activation)
 
     def call(self, inputs: Tensor) -> Tensor:
         """`activation(inputs)`."""
@@ -338,14 +343,14 @@ class TimeDistributed(Layer):
     (4, 5, 2)
     """
 
-    min_ndim = 3
+    min_ndim: int | None = 3
     input_axes = "(batch, time, ...)"
     supports_masking = True
     per_step = True
 
     def __init__(self, layer: Any, **options: Any) -> None:
         super().__init__(**options)
-        self.layer = from_config(layer)
+        self.layer: Layer = from_config(layer)
 
     def build(self, input_shape: Shape) -> None:
         """Build the layer inside for one step."""
@@ -396,14 +401,14 @@ class Masking(Layer):
     [[False, True]]
     """
 
-    input_ndim = 3
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     supports_masking = True
     per_step = True
 
     def __init__(self, mask_value: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        self.mask_value = float(mask_value)
+        self.mask_value: float = float(mask_value)
 
     def call(self, inputs: Tensor) -> Tensor:
         """The inputs, with zeros at masked steps."""
@@ -439,7 +444,13 @@ class LayerNormalization(Layer):
     [[-1.0, 1.0]]
     """
 
-    min_ndim = 2
+    axis: int | list[int]
+    center: bool
+    scale: bool
+    gamma: Variable | None
+    beta: Variable | None
+
+    min_ndim: int | None = 2
     supports_masking = True
 
     def __init__(
@@ -460,14 +471,14 @@ class LayerNormalization(Layer):
         self.axis = int(axis) if isinstance(axis, (int, np.integer)) else [int(a) for a in axis]
         if not epsilon > 0:
             raise ValueError(f"epsilon: expected a number > 0, got {epsilon!r}")
-        self.epsilon = float(epsilon)
+        self.epsilon: float = float(epsilon)
         self.center, self.scale = bool(center), bool(scale)
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.beta_initializer: Any = initializers.get(beta_initializer)
+        self.gamma_initializer: Any = initializers.get(gamma_initializer)
+        self.beta_regularizer: Any = regularizers.get(beta_regularizer)
+        self.gamma_regularizer: Any = regularizers.get(gamma_regularizer)
+        self.beta_constraint: Any = constraints.get(beta_constraint)
+        self.gamma_constraint: Any = constraints.get(gamma_constraint)
 
     @property
     def per_step(self) -> bool:  # type: ignore[override]
@@ -555,7 +566,7 @@ class Flatten(_Reshaping):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """(batch, product of the others)."""
-        rest = input_shape[1:]
+        rest: Any = input_shape[1:]
         return (input_shape[0], None if None in rest else math.prod(rest))
 
 
@@ -569,7 +580,7 @@ class Reshape(_Reshaping):
 
     def __init__(self, target_shape: Sequence[int], **options: Any) -> None:
         super().__init__(**options)
-        sizes = tuple(target_shape) if isinstance(target_shape, (list, tuple)) else (target_shape,)
+        sizes: Any = tuple(target_shape) if isinstance(target_shape, (list, tuple)) else (target_shape,)
         if (
             any(not isinstance(n, (int, np.integer)) or n == 0 or n < -1 for n in sizes)
             or sizes.count(-1) > 1
@@ -577,7 +588,7 @@ class Reshape(_Reshaping):
             raise ValueError(
                 f"target_shape: expected sizes > 0, at most one of them -1, got {target_shape!r}"
             )
-        self.target_shape = tuple(int(n) for n in sizes)
+        self.target_shape: tuple[int, ...] = tuple(int(n) for n in sizes)
 
     def call(self, inputs: Tensor) -> Tensor:
         """Raises ValueError when the sizes don't fit."""
@@ -593,7 +604,8 @@ class Reshape(_Reshaping):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """(batch, *target_shape), with -1 worked out where it can be."""
-        known, rest = math.prod(n for n in self.target_shape if n != -1), input_shape[1:]
+        known = math.prod(n for n in self.target_shape if n != -1)
+        rest: Any = input_shape[1:]
         open_size = None if None in rest else math.prod(rest) // known
         return (input_shape[0], *(open_size if n == -1 else n for n in self.target_shape))
 
@@ -608,7 +620,7 @@ class Permute(_Reshaping):
 
     def __init__(self, dims: Sequence[int], **options: Any) -> None:
         super().__init__(**options)
-        self.dims = tuple(dims)
+        self.dims: tuple[int, ...] = tuple(dims)
         if sorted(self.dims) != list(range(1, len(self.dims) + 1)):
             raise ValueError(f"dims: expected an ordering of 1 .. {len(self.dims)}, got {dims!r}")
 
@@ -633,12 +645,12 @@ class RepeatVector(_Reshaping):
     (2, 3, 4)
     """
 
-    input_ndim = 2
+    input_ndim: int | None = 2
     input_axes = "(batch, features)"
 
     def __init__(self, n: int, **options: Any) -> None:
         super().__init__(**options)
-        self.n = positive("n", n)
+        self.n: int = positive("n", n)
 
     def call(self, inputs: Tensor) -> Tensor:
         """A new time axis of length n."""
@@ -680,7 +692,7 @@ class Concatenate(_Merging):
 
     def __init__(self, axis: int = -1, **options: Any) -> None:
         super().__init__(**options)
-        self.axis = int(axis)
+        self.axis: int = int(axis)
         if self.axis == 0:
             raise ValueError("axis: 0 is the batch, expected another axis")
 
@@ -750,13 +762,13 @@ class Add(_Merging):
 class _Pooling(Layer):
     """(batch, time, features) to (batch, features), over the steps that the mask lets count."""
 
-    input_ndim = 3
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     supports_masking = True
 
     def __init__(self, keepdims: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.keepdims = bool(keepdims)
+        self.keepdims: bool = bool(keepdims)
 
     def check_input(self, inputs: Tensor) -> None:
         """There must be a step to pool over."""
@@ -805,7 +817,7 @@ class GlobalMaxPooling1D(_Pooling):
 
     def __init__(self, keepdims: bool = False, ignore_mask: bool = False, **options: Any) -> None:
         super().__init__(keepdims, **options)
-        self.ignore_mask = bool(ignore_mask)
+        self.ignore_mask: bool = bool(ignore_mask)
 
     def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         """The maximum of each feature."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from numlstm import constraints, initializers, ops, regularizers
-from numlstm.autograd import Tensor
+from numlstm.autograd import Tensor, Variable
 from numlstm.backend import Backend, backend_of
 from numlstm.layers.base import Layer, Shape, positive, registry
 
@@ -17,7 +17,7 @@ from numlstm.layers.base import Layer, Shape, positive, registry
 class _Positions(Layer):
     """A layer that adds a table of vectors, one a step, to its inputs."""
 
-    input_ndim = 3
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     supports_masking = True
 
@@ -47,7 +47,7 @@ class SinusoidalPositions(_Positions):
         super().__init__(**options)
         if isinstance(max_wavelength, bool) or not max_wavelength > 1:
             raise ValueError(f"max_wavelength: expected a number above 1, got {max_wavelength!r}")
-        self.max_wavelength = float(max_wavelength)
+        self.max_wavelength: float = float(max_wavelength)
 
     def call(self, inputs: Tensor) -> Tensor:
         """The inputs, plus the table."""
@@ -96,14 +96,14 @@ class PositionEmbedding(_Positions):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.sequence_length = positive("sequence_length", sequence_length)
-        self.embeddings_initializer = initializers.get(embeddings_initializer)
-        self.embeddings_regularizer = regularizers.get(embeddings_regularizer)
-        self.embeddings_constraint = constraints.get(embeddings_constraint)
+        self.sequence_length: int = positive("sequence_length", sequence_length)
+        self.embeddings_initializer: Any = initializers.get(embeddings_initializer)
+        self.embeddings_regularizer: Any = regularizers.get(embeddings_regularizer)
+        self.embeddings_constraint: Any = constraints.get(embeddings_constraint)
 
     def build(self, input_shape: Shape) -> None:
         """embeddings (sequence_length, features)."""
-        self.embeddings = self.add_weight(
+        self.embeddings: Variable = self.add_weight(
             "embeddings",
             (self.sequence_length, input_shape[-1]),
             self.embeddings_initializer,

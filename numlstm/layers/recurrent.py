@@ -63,7 +63,11 @@ class Recurrent(Layer):
             for about a third more time. The outputs are the same bits.
     """
 
-    input_ndim = 3
+    recurrent_kernel: Variable | None
+    kernel_gamma: Variable | None
+    recurrent_gamma: Variable | None
+
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     cell: Cell  # as it was chosen
     equations: Cell  # the same with layer normalisation and limits, as it is run but for zoneout
@@ -102,38 +106,38 @@ class Recurrent(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.units = positive("units", units)
-        self.use_bias = bool(use_bias)
-        self.split_bias = bool(split_bias)
+        self.units: int = positive("units", units)
+        self.use_bias: bool = bool(use_bias)
+        self.split_bias: bool = bool(split_bias)
         if self.split_bias and not self.use_bias:
             raise ValueError("split_bias: expected False where use_bias is False, got True")
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.recurrent_initializer = initializers.get(recurrent_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.recurrent_regularizer = regularizers.get(recurrent_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.activity_regularizer = regularizers.get(activity_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.recurrent_constraint = constraints.get(recurrent_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
-        self.dropout = fraction("dropout", dropout)
-        self.recurrent_dropout = fraction("recurrent_dropout", recurrent_dropout)
-        self.recurrent_dropout_per_step = bool(recurrent_dropout_per_step)
-        self.recurrent_dropconnect = fraction("recurrent_dropconnect", recurrent_dropconnect)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
+        self.recurrent_initializer: Any = initializers.get(recurrent_initializer)
+        self.bias_initializer: Any = initializers.get(bias_initializer)
+        self.kernel_regularizer: Any = regularizers.get(kernel_regularizer)
+        self.recurrent_regularizer: Any = regularizers.get(recurrent_regularizer)
+        self.bias_regularizer: Any = regularizers.get(bias_regularizer)
+        self.activity_regularizer: Callable[[Tensor], Tensor] | None = regularizers.get(activity_regularizer)
+        self.kernel_constraint: Any = constraints.get(kernel_constraint)
+        self.recurrent_constraint: Any = constraints.get(recurrent_constraint)
+        self.bias_constraint: Any = constraints.get(bias_constraint)
+        self.dropout: float = fraction("dropout", dropout)
+        self.recurrent_dropout: float = fraction("recurrent_dropout", recurrent_dropout)
+        self.recurrent_dropout_per_step: bool = bool(recurrent_dropout_per_step)
+        self.recurrent_dropconnect: float = fraction("recurrent_dropconnect", recurrent_dropconnect)
         self.zoneout: float | tuple[float, ...] = (
             tuple(fraction("zoneout", rate) for rate in zoneout)
             if isinstance(zoneout, (list, tuple))
             else fraction("zoneout", zoneout)
         )
-        self.cell_clip = limit("cell_clip", cell_clip)
-        self.layer_norm = bool(layer_norm)
-        self.return_sequences = bool(return_sequences)
-        self.return_state = bool(return_state)
-        self.go_backwards = bool(go_backwards)
-        self.zero_output_for_mask = bool(zero_output_for_mask)
-        self.stateful = bool(stateful)
-        self.remat_steps = None if remat_steps is None else positive("remat_steps", remat_steps)
+        self.cell_clip: float | None = limit("cell_clip", cell_clip)
+        self.layer_norm: bool = bool(layer_norm)
+        self.return_sequences: bool = bool(return_sequences)
+        self.return_state: bool = bool(return_state)
+        self.go_backwards: bool = bool(go_backwards)
+        self.zero_output_for_mask: bool = bool(zero_output_for_mask)
+        self.stateful: bool = bool(stateful)
+        self.remat_steps: int | None = None if remat_steps is None else positive("remat_steps", remat_steps)
         self.carry = (
             False  # set by training with bptt_steps: the states go on from one piece of a batch to the next
         )
@@ -189,7 +193,7 @@ class Recurrent(Layer):
                 f"features, got shape {tuple(input_shape)}{self.rank_hint(input_shape)}"
             )
         width = len(self.cell.gates) * self.units
-        self.kernel = self.add_weight(
+        self.kernel: Variable = self.add_weight(
             "kernel",
             (input_shape[-1], width),
             self.kernel_initializer,
@@ -197,14 +201,14 @@ class Recurrent(Layer):
             self.kernel_constraint,
         )
         self.recurrent_kernel = self.build_recurrent((self.output_units, self.recurrent_width))
-        self.bias = self.build_bias(width) if self.use_bias else None
-        self.projection_kernel = self.build_projection()
+        self.bias: Variable | None = self.build_bias(width) if self.use_bias else None
+        self.projection_kernel: Variable | None = self.build_projection()
         self.kernel_gamma = self.recurrent_gamma = None
         if self.layer_norm:
             self.kernel_gamma = self.add_weight("kernel_gamma", (width,), "ones")
             if self.recurrent_width:
                 self.recurrent_gamma = self.add_weight("recurrent_gamma", (self.recurrent_width,), "ones")
-        self.parameters = self.build_parameters()
+        self.parameters: dict[str, Variable] = self.build_parameters()
 
     @property
     def recurrent_width(self) -> int:
@@ -265,7 +269,8 @@ class Recurrent(Layer):
 
     def biases(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The bias of all gates, and biases that the cell takes as parameters."""
-        return self.bias[0] + self.bias[1] if self.split_bias else self.bias, {}
+        bias: Any = self.bias
+        return bias[0] + bias[1] if self.split_bias else bias, {}
 
     def recurrent_weights(self, thinned: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The matrix of the recurrent product, and recurrent weights that the cell takes as parameters."""
@@ -506,10 +511,10 @@ class Projected(Recurrent):
         **options: Any,
     ) -> None:
         super().__init__(units, **options)
-        self.projection = None if projection is None else positive("projection", projection)
-        self.projection_initializer = initializers.get(projection_initializer)
-        self.projection_regularizer = regularizers.get(projection_regularizer)
-        self.projection_constraint = constraints.get(projection_constraint)
+        self.projection: int | None = None if projection is None else positive("projection", projection)
+        self.projection_initializer: Any = initializers.get(projection_initializer)
+        self.projection_regularizer: Any = regularizers.get(projection_regularizer)
+        self.projection_constraint: Any = constraints.get(projection_constraint)
 
     def build_projection(self) -> Variable | None:
         """(units, projection), if asked for."""
@@ -560,6 +565,8 @@ class LSTM(Projected):
     [(2, 3), (2, 3), (2, 4)]
     """
 
+    output_activation: str | None
+
     def __init__(
         self,
         units: int,
@@ -575,16 +582,16 @@ class LSTM(Projected):
         **options: Any,
     ) -> None:
         super().__init__(units, **options)
-        self.activation = activations.name_of(activation)
-        self.recurrent_activation = activations.name_of(recurrent_activation)
+        self.activation: str = activations.name_of(activation)
+        self.recurrent_activation: str = activations.name_of(recurrent_activation)
         self.output_activation = None if output_activation is None else activations.name_of(output_activation)
-        self.unit_forget_bias = bool(unit_forget_bias)
-        self.peephole = bool(peephole)
+        self.unit_forget_bias: bool = bool(unit_forget_bias)
+        self.peephole: bool = bool(peephole)
         if isinstance(coupled, str) and coupled != "input":
             raise ValueError(f"coupled: expected True, False or 'input', got {coupled!r}")
         self.coupled = coupled if isinstance(coupled, str) else bool(coupled)
-        self.clip = limit("clip", clip)
-        self.return_cell_sequence = bool(return_cell_sequence)
+        self.clip: float | None = limit("clip", clip)
+        self.return_cell_sequence: bool = bool(return_cell_sequence)
         self.use_cell(
             cells.lstm(
                 self.activation,
@@ -655,10 +662,10 @@ class GRU(Recurrent):
         **options: Any,
     ) -> None:
         super().__init__(units, **options)
-        self.activation = activations.name_of(activation)
-        self.recurrent_activation = activations.name_of(recurrent_activation)
-        self.reset_after = bool(reset_after)
-        self.clip = limit("clip", clip)
+        self.activation: str = activations.name_of(activation)
+        self.recurrent_activation: str = activations.name_of(recurrent_activation)
+        self.reset_after: bool = bool(reset_after)
+        self.clip: float | None = limit("clip", clip)
         self.use_cell(
             cells.gru(
                 self.activation,
@@ -709,8 +716,8 @@ class SimpleRNN(Recurrent):
         self, units: int, activation: Any = "tanh", *, clip: float | None = None, **options: Any
     ) -> None:
         super().__init__(units, **options)
-        self.activation = activations.name_of(activation)
-        self.clip = limit("clip", clip)
+        self.activation: str = activations.name_of(activation)
+        self.clip: float | None = limit("clip", clip)
         self.use_cell(
             cells.elman(self.activation, clip=self.clip, cell_clip=self.cell_clip, layer_norm=self.layer_norm)
         )
@@ -743,7 +750,7 @@ class IndRNN(Recurrent):
         if recurrent_initializer is None:
             recurrent_initializer = initializers.RandomUniform(0.0, 1.0)
         super().__init__(units, recurrent_initializer=recurrent_initializer, **options)
-        self.activation = activations.name_of(activation)
+        self.activation: str = activations.name_of(activation)
         cell = cells.indrnn(self.activation)
         self.use_cell(cell, self.dressed(cell))
 
@@ -753,7 +760,7 @@ class IndRNN(Recurrent):
 
     def recurrent_weights(self, thinned: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """No matrix: the cell multiplies each unit by itself."""
-        return super().recurrent_weights(None)[0], {"u": thinned}
+        return super().recurrent_weights(None)[0], {"u": thinned}  # type: ignore[dict-item]
 
 
 class SLSTM(Recurrent):
@@ -785,8 +792,8 @@ class SLSTM(Recurrent):
                 f"cell_clip: the cell of an sLSTM counts only relative to its normaliser, so a limit means "
                 f"nothing: expected None, got {self.cell_clip}"
             )
-        self.unit_forget_bias = bool(unit_forget_bias)
-        self.return_cell_sequence = bool(return_cell_sequence)
+        self.unit_forget_bias: bool = bool(unit_forget_bias)
+        self.return_cell_sequence: bool = bool(return_cell_sequence)
         cell = cells.slstm()
         self.use_cell(cell, self.dressed(cell))
 
@@ -839,7 +846,7 @@ class RNN(Projected):
                 f"got {self.recurrent_dropconnect}"
             )
         self.use_cell(found, self.dressed(found))
-        self.parameter_initializer = initializers.get(parameter_initializer)
+        self.parameter_initializer: Any = initializers.get(parameter_initializer)
 
     def build_parameters(self) -> dict[str, Variable]:
         """One (units,) weight for each of the cell's parameters."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +16,20 @@ from numlstm.io.onnx.graph import Port, as_value, run_node
 from numlstm.io.onnx.importer import model_of, need_onnx, read_graph, read_node
 from numlstm.io.onnx.operators import operation
 
-try:
+if TYPE_CHECKING:
     import onnx
     from onnx.backend.base import Backend as _Base
     from onnx.backend.base import BackendRep as _BaseRep
     from onnx.backend.base import namedtupledict
-except ImportError:  # said when it is needed
-    onnx = None
-    _Base = _BaseRep = object
+else:
+    try:
+        import onnx
+        from onnx.backend.base import Backend as _Base
+        from onnx.backend.base import BackendRep as _BaseRep
+        from onnx.backend.base import namedtupledict
+    except ImportError:  # said when it is needed
+        onnx = None
+        _Base = _BaseRep = object
 
 __all__ = ["Backend", "Prepared"]
 
@@ -36,7 +42,7 @@ class Prepared(_BaseRep):
     def __init__(self, model: Any, device: str) -> None:
         self._device = device
         graph, arrays = read_graph(model, replaceable=True)
-        self.model = model_of(graph, arrays)
+        self.model: Any = model_of(graph, arrays)
         names = {port.name for port in graph.inputs}
         self._defaults = {
             t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in names

@@ -199,9 +199,14 @@ class Builder:
         opset, states, prefix_masks: see `save_onnx`.
     """
 
+    model: Layer
+    opset: int
+    states: bool
+    prefix_masks: bool
+
     def __init__(self, model: Layer, opset: int, states: bool, prefix_masks: bool) -> None:
         self.model, self.opset, self.states, self.prefix_masks = model, opset, states, prefix_masks
-        self.dtype = model.dtype
+        self.dtype: str = model.dtype
         self.nodes: list[Any] = []
         self.inputs: list[Any] = []
         self.ids: set[str] = set()  # those of them that are ids

@@ -83,6 +83,15 @@ class Graph:
         dtype: that of most floats, "float32" or "float64".
     """
 
+    inputs: list[Port]
+    outputs: list[Port]
+    nodes: list[Node]
+    constants: dict[str, np.ndarray]
+    weights: dict[str, WeightSpec]
+    bound: dict[int, Mapping[str, Any]]
+    opset: int
+    dtype: str
+
     def __init__(
         self,
         inputs: Sequence[Port],
@@ -213,7 +222,7 @@ class Program:
             last = tuple({name for name in names if name and name not in needed})
             steps.append(_Step(node, function, [bool(name) for name in node.outputs], last))
             needed |= set(node.inputs)
-        self.steps = steps[::-1]
+        self.steps: list[Any] = steps[::-1]
 
     def recurrent(self) -> dict[int, Recurrent]:
         """The recurrent nodes, by number."""

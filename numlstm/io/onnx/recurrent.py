@@ -76,7 +76,7 @@ _DIRECTIONS = {
     "bidirectional": (False, True),
 }  # is it run backwards?
 
-_INPUTS = {
+_INPUTS: dict[str, tuple[str, ...]] = {
     "LSTM": ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"),
     "GRU": ("X", "W", "R", "B", "sequence_lens", "initial_h"),
     "RNN": ("X", "W", "R", "B", "sequence_lens", "initial_h"),
@@ -269,17 +269,22 @@ class Recurrent:
     (array([0.762, 0.964, 0.995], dtype=float32), array([0.762], dtype=float32))
     """
 
+    op: str
+    label: str
+    order: str
+    inputs: tuple[str, ...]
+
     def __init__(self, op: str, attributes: Mapping[str, Any] | None = None, label: str = "") -> None:
         if op not in GATES:
             raise ValueError(f"op: expected one of {', '.join(GATES)}, got {op!r}")
         self.op, self.label = op, label or op
         self.order, self.inputs = GATES[op], _INPUTS[op]
         rest = dict(attributes or {})
-        self.hidden_size = rest.pop("hidden_size", None)
-        self.reverse = self._choice(rest, "direction", "forward", _DIRECTIONS)
-        self.batch_first = self._choice(rest, "layout", 0, {0: False, 1: True})
-        self.clip = self._clip(rest.pop("clip", None))
-        self.activations = self._activations(rest)
+        self.hidden_size: int | None = rest.pop("hidden_size", None)
+        self.reverse: Any = self._choice(rest, "direction", "forward", _DIRECTIONS)
+        self.batch_first: bool = self._choice(rest, "layout", 0, {0: False, 1: True})
+        self.clip: float | None = self._clip(rest.pop("clip", None))
+        self.activations: list[tuple[str, ...]] = self._activations(rest)
         # that of each operator alone, as the cells' own option
         self.options: dict[str, Any] = {}
         if op == "LSTM":
