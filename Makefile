@@ -32,7 +32,7 @@ demo: $(VENV)/.stamp-demo
 	$(RUN) -m numlstm demo
 
 test: lint
-	$(RUN) -m pytest -m "not peers and not browser and not gpu_compile" $(PYTEST_ARGS)
+	$(RUN) -m pytest -m "not peers and not browser and not gpu and not gpu_compile" $(PYTEST_ARGS)
 
 # Keras takes its backend from there when it is imported; the comparison needs gradients, so PyTorch.
 test-peers: export KERAS_BACKEND = torch

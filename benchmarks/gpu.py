@@ -5,6 +5,7 @@ sections, which `--only` selects, is a process of its own with a time limit, so 
 one section and not the run, and the report is written anew after each:
 
 - machine: device, driver, versions, clocks; what a launch, a copy and a matrix product cost;
+- kernels: the persistent kernels of all that follows, compiled on all cores into the kernels' cache;
 - tests: the project's own tests that need a device;
 - correct: cells, options and precisions on the device against the float64 reference;
 - protocol: 1,000 runs of the persistent kernels' exchange, each compared with the first bit by bit; what one step costs;
@@ -34,13 +35,14 @@ from typing import Any
 from benchmarks import common
 
 SECTIONS = {  # and how many seconds each may take
-    "machine": 45,
-    "tests": 120,
-    "correct": 60,
+    "machine": 40,
+    "kernels": 100,
+    "tests": 130,
+    "correct": 35,
     "protocol": 45,
-    "table": 200,
-    "options": 60,
-    "learning": 60,
+    "table": 150,
+    "options": 50,
+    "learning": 45,
 }
 GOALS = {  # of a ratio to cuDNN's time; see `goal_of`
     "small batch, forward": 0.5,

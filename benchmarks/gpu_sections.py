@@ -1,45 +1,52 @@
-"""The sections of benchmarks.gpu, each run as `python -m benchmarks.gpu_sections NAME OUT`: see gpu.py for what they are.
-
-Everything here works on the arrays of the CUDA backend, CuPy's on a device and NumPy's in the simulator, through the
-backend's sequences: time-major arrays, what a layer computes and nothing around it. PyTorch's side is `nn.LSTM` and `nn.GRU`
-on the same arrays, time-major too, so that cuDNN is not charged for a transposition.
-"""
+"""The sections of benchmarks.gpu, each run as `python -m benchmarks.gpu_sections NAME OUT`: see gpu.py for what they are,
+and gpu_layers.py for the layers that they measure."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from benchmarks import common
-from numlstm import backend as backends
-from numlstm.kernels import cells, reference
-
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
-SHAPES = [  # T, B, H; as many inputs as units
-    (100, 64, 256), (512, 32, 512), (1000, 1, 1024), (256, 128, 1024), (128, 64, 2048), (1024, 16, 768), (200, 20, 650),
-    (784, 128, 128),
-]  # fmt: skip
-TINY = [(3, 2, 5)]
-PRECISIONS = ("float32", "tf32", "bfloat16")
-TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 4e-2}  # of the largest value, against float64
-REPEATS, IDENTICAL = (2, 2) if SIMULATED else (1000, 100)
-EXCHANGE = 0.7e-6  # seconds: the hardest assumption for one exchange between blocks
-FLASHRNN = {
-    "forward": 4.87,
-    "training": 13.61,
-}  # ms at (1024, 16, 768) in bf16 on an H100: its README's figure, "fused"
+from benchmarks.gpu_layers import (
+    CELLS,
+    CORRECT_SHAPE,
+    EXCHANGE,
+    FLASHRNN,
+    IDENTICAL,
+    OPTION_PRECISIONS,
+    OPTION_SHAPES,
+    PRECISIONS,
+    PROTOCOL_SHAPE,
+    REPEATS,
+    SHAPES,
+    SIMULATED,
+    TINY,
+    TOLERANCE,
+    Question,
+    correct_variants,
+    cuda,
+    has_torch,
+    interleaved,
+    numbers,
+    on_device,
+    option_variants,
+    ours,
+    questions,
+    seconds_of,
+    synchronize,
+    tier_of,
+    torch_sides,
+)
+from numlstm.kernels import reference
 
 
 class Report:
@@ -54,192 +61,6 @@ class Report:
     def keep(self, **found: Any) -> None:
         self.found.update(found)
         common.write_json(self.out, self.found)
-
-
-# ------------------------------------------------------------------------------------------------ the device
-
-
-def cuda(precision: str = "float32") -> Any:
-    """The backend "cuda" for products of a precision."""
-    with backends.use_backend("cuda", precision=precision) as backend:
-        return backend
-
-
-def synchronize() -> None:
-    if not SIMULATED:
-        import cupy
-
-        cupy.cuda.get_current_stream().synchronize()
-
-
-def seconds_of(call: Callable[[], Any], calls: int) -> float:
-    """The device's seconds a call, by events around `calls` of them; the clock's in the simulator."""
-    if SIMULATED:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-    import cupy
-
-    first, last = cupy.cuda.Event(), cupy.cuda.Event()
-    first.record()
-    for _ in range(calls):
-        call()
-    last.record()
-    last.synchronize()
-    return cupy.cuda.get_elapsed_time(first, last) / 1e3 / calls
-
-
-def interleaved(
-    sides: dict[str, Callable[[], Any]], rounds: int = 7, window: float = 0.03
-) -> dict[str, list[float]]:
-    """Seconds a call of each side, one figure a round, A B A B; each has been called before."""
-    if SIMULATED:
-        rounds, window = 1, 0.0
-    calls = {}
-    for name, call in sides.items():
-        for _ in range(1 if SIMULATED else 3):
-            call()
-        synchronize()
-        once = seconds_of(call, 1)
-        calls[name] = max(1, min(200, int(window / max(once, 1e-6))))
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            found[name].append(seconds_of(call, calls[name]))
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ both sides
-
-
-class Question(NamedTuple):
-    """A layer to be timed: shape (T, B, H), cell, one or two directions, precision of products."""
-
-    shape: tuple[int, int, int]
-    cell: str
-    directions: int
-    precision: str
-
-    @property
-    def place(self) -> str:
-        return f"{','.join(map(str, self.shape))} {self.cell}{' bi' if self.directions == 2 else ''}"
-
-
-CELLS = {"lstm": cells.lstm, "gru": cells.gru}
-
-
-def numbers(question: Question) -> list[dict[str, Any]]:
-    """The arrays of each direction, NumPy's, the scale that PyTorch begins with."""
-    T, B, H = question.shape
-    random = np.random.default_rng(0)
-    x = random.standard_normal((T, B, H)).astype(np.float32)
-    found = []
-    for d in range(question.directions):
-        cell = CELLS[question.cell]()
-        draw = lambda *shape: (random.random(shape, np.float32) * 2 - 1) / np.float32(np.sqrt(H))
-        G, R = len(cell.gates), len(cell.recurrent)
-        found.append(
-            {
-                "cell": cell,
-                "x": x[::-1] if d else x,
-                "kernel": draw(H, G * H),
-                "recurrent_kernel": draw(H, R * H),
-                "bias": draw(G * H),
-                "params": tuple(draw(H) for _ in cell.params),
-                "state": None,
-                "valid": None,
-            }
-        )
-    return found
-
-
-def on_device(backend: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with their arrays on the backend's device."""
-    move = lambda a: backend.asarray(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a
-    return {
-        name: tuple(move(a) for a in value) if isinstance(value, tuple) else move(value)
-        for name, value in call.items()
-    }
-
-
-def ours(question: Question, **options: Any) -> dict[str, Callable[[], Any]]:
-    """Inference and training of our layer, by name."""
-    backend = cuda(question.precision)
-    calls = [on_device(backend, {**n, **options}) for n in numbers(question)]
-    T, B, H = question.shape
-    dh = backend.asarray(np.random.default_rng(1).standard_normal((T, B, H)).astype(np.float32))
-
-    def inference() -> Any:
-        return backend.sequence_forward_pair([{**c, "training": False} for c in calls])
-
-    def training() -> Any:
-        outs = backend.sequence_forward_pair([{**c, "training": True} for c in calls])
-        asked = [{"residual": o.residual, "dh": dh, "dfinal": (None,) * len(o.final)} for o in outs]
-        return outs, backend.sequence_backward_pair(asked)
-
-    return {"inference": inference, "training": training}
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether cuDNN and cuBLAS may round float32 operands to TF32, inside PyTorch."""
-    import torch
-
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def torch_sides(question: Question, packed: bool = False) -> dict[str, Callable[[], Any]]:
-    """Inference and training of PyTorch's layer on cuDNN; `packed`: rows of unequal length."""
-    import torch
-
-    T, B, H = question.shape
-    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[question.cell]
-    dtype = torch.bfloat16 if question.precision == "bfloat16" else torch.float32
-    layer = kind(H, H, bidirectional=question.directions == 2).to("cuda", dtype)
-    layer.flatten_parameters()
-    x: Any = torch.randn(T, B, H, device="cuda", dtype=dtype)
-    dh = torch.randn(T, B, question.directions * H, device="cuda", dtype=dtype)
-    if packed:
-        lengths = lengths_of(T, B)
-        x = torch.nn.utils.rnn.pack_padded_sequence(x, torch.from_numpy(lengths), enforce_sorted=False)
-        dh = torch.randn(int(lengths.sum()), question.directions * H, device="cuda", dtype=dtype)
-    else:
-        x.requires_grad_(True)
-
-    def inference() -> Any:
-        with torch.no_grad(), tf32(question.precision != "float32"):
-            return layer(x)
-
-    def training() -> None:
-        with tf32(question.precision != "float32"):
-            for p in layer.parameters():
-                p.grad = None
-            out, _ = layer(x)
-            (out.data if packed else out).backward(dh)
-
-    return {"inference": inference, "training": training}
-
-
-def lengths_of(T: int, B: int) -> np.ndarray:
-    """From half of T to all of it, evenly."""
-    return np.linspace(T // 2 + 1, T, B).astype(np.int64)
-
-
-def has_torch() -> bool:
-    if SIMULATED or common.version("torch") is None:
-        return False
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
-# ------------------------------------------------------------------------------------------------ the sections
 
 
 def machine(report: Report) -> None:
@@ -324,13 +145,111 @@ def launch_cost() -> dict[str, float]:
     return found
 
 
+class Recorder:
+    """A device for the persistent sequences that compiles nothing and runs nothing: it notes what would be launched."""
+
+    xp = np
+
+    def __init__(self, sms: int, shared_per_block: int, capability: tuple[int, int]) -> None:
+        self.sms, self.shared_per_block, self.capability = sms, shared_per_block, capability
+        self.launches: dict[tuple[Any, ...], None] = {}  # an ordered set
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def product(self, a: Any, b: Any, out: np.ndarray, precision: str) -> None:
+        pass
+
+    def launch(
+        self, text: str, arguments: Any, grid: int, warps: int, shared: int, label: str, look: Any
+    ) -> None:
+        from numlstm.kernels.cuda.persistent.compile import kinds
+
+        self.launches[text, kinds([n for n, _ in arguments]), warps, self.capability] = None
+
+
+def wanted_kernels(recorder: Recorder, shapes: list[tuple[int, int, int]] = SHAPES) -> list[tuple[Any, ...]]:
+    """The persistent kernels of the sections after this one, as arguments of `compile.build`. Their text does not depend
+    on the number of steps: one is enough to ask for them."""
+    from numlstm.kernels.cuda.persistent import Sequences
+
+    asked: list[tuple[Question, dict[str, Any]]] = [(q, {}) for q in questions(shapes)]
+    for cell, precision in itertools.product(CELLS, PRECISIONS):
+        asked.append((Question(PROTOCOL_SHAPE, cell, 1, precision), {}))
+        variants = correct_variants(1, *CORRECT_SHAPE[1:]).values()
+        asked += [(Question(CORRECT_SHAPE, cell, 1, precision), v) for v in variants]
+    for shape, precision in itertools.product(OPTION_SHAPES, OPTION_PRECISIONS):
+        asked += [(Question(shape, "lstm", 1, precision), v) for v in option_variants(1, *shape[1:]).values()]
+    sequences = Sequences(recorder)
+    for question, variant in asked:
+        _, B, H = question.shape
+        one = question._replace(shape=(1, B, H))
+        calls = [{**n, **variant, "precision": question.precision} for n in numbers(one)]
+        if sequences.supports(
+            calls[0]["cell"], 1, B, H, H, precision=question.precision, directions=question.directions
+        ):
+            continue
+        places = ("cell", "x", "kernel", "recurrent_kernel", "bias", "params", "state", "valid")
+        for training in (False, True):
+            outs = sequences.forward_all(
+                [
+                    (
+                        tuple(c[p] for p in places),
+                        {k: v for k, v in c.items() if k not in places} | {"training": training},
+                    )
+                    for c in calls
+                ]
+            )
+        none = (None,) * len(calls[0]["cell"].state)
+        sequences.backward_all([((o.residual, o.h, none), {}) for o in outs])
+    return list(recorder.launches)
+
+
+def kernels(report: Report) -> None:
+    """The persistent kernels that later sections run, compiled on all cores: seconds each, and hundreds of them."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from numlstm.kernels.cpu.cache import directory
+
+    if directory() is None:
+        raise SystemExit(
+            "kernels: compiled kernels are kept nowhere (NUMLSTM_CACHE_DIR), so each section would compile"
+        )
+    if SIMULATED:
+        jobs = wanted_kernels(Recorder(132, 227 << 10, (9, 0)), TINY)
+        report.keep(wanted=len(jobs), lines=[f"{len(jobs)} kernels; none is compiled in the simulator"])
+        return
+    from numlstm.kernels.cuda import persistent
+
+    device = persistent.on_device(0).device
+    jobs = wanted_kernels(Recorder(device.sms, device.shared_per_block, device.capability))
+    start, done = time.perf_counter(), 0
+    with ProcessPoolExecutor(common.cores(), get_context("spawn")) as pool:
+        for _ in pool.map(compiled, jobs, chunksize=1):
+            done += 1
+            took = time.perf_counter() - start
+            report.keep(wanted=len(jobs), compiled=done, compile_seconds=took)
+    report.keep(
+        lines=[f"{done} kernels in {took:.0f} s on {common.cores()} cores" if done else "no kernel serves"]
+    )
+
+
+def compiled(job: tuple[Any, ...]) -> int:
+    """Compile a kernel into the cache; gives its size."""
+    from numlstm.kernels.cuda.persistent.compile import build
+
+    return len(build(*job).cubin)
+
+
 def tests(report: Report) -> None:
-    """The project's tests of the CUDA backend: on the device all of them, in the simulator one."""
-    places = ["tests/gpu/test_device.py", "tests/kernels/cuda", "tests/backend/test_cuda.py"]
-    selected = ["-k", "lstm", "--maxfail", "1"] if SIMULATED else ["-m", "gpu"]
-    present = [p for p in places if Path(p).exists()]
+    """The project's tests of the CUDA backend: on the device all of them, in the simulator some."""
+    places = ["tests/gpu/test_on_device.py", "tests/kernels/cuda"]
+    selected = ["-k", "lstm", "--maxfail", "1"] if SIMULATED else []
+    if not SIMULATED and common.version("pytest-xdist") is not None:
+        selected += ["-n", str(min(8, common.cores()))]  # most of a test is compiling
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, *present],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, *places],
         capture_output=True,
         text=True,
     )
@@ -380,20 +299,12 @@ def errors_of(question: Question, options: dict[str, Any]) -> dict[str, float]:
 
 
 def correct(report: Report) -> None:
-    """Every cell of one stage and more, plain and with masks, in every precision."""
-    shape = TINY[0] if SIMULATED else (24, 9, 200)
-    T, B, H = shape
-    random = np.random.default_rng(3)
-    valid = random.random((T, B)) < 0.7
-    valid[:, 0] = False  # a row without a step
-    variants = {
-        "plain": {},
-        "mask": {"valid": valid},
-        "recurrent dropout": {"recurrent_mask": (random.random((1, B, H)) < 0.8).astype(np.float32) / 0.8},
-    }
+    """LSTM and GRU, plain and with masks, in every precision; all other cells are the tests'."""
     rows: list[dict[str, Any]] = []
-    for cell, (variant, options), precision in itertools.product(CELLS, variants.items(), PRECISIONS):
-        question = Question(shape, cell, 1, precision)
+    for cell, (variant, options), precision in itertools.product(
+        CELLS, correct_variants(*CORRECT_SHAPE).items(), PRECISIONS
+    ):
+        question = Question(CORRECT_SHAPE, cell, 1, precision)
         found = errors_of(question, options)
         good = max(found.values()) <= TOLERANCE[precision]
         rows.append({"cell": cell, "variant": variant, "precision": precision, "errors": found, "good": good})
@@ -415,7 +326,7 @@ def protocol(report: Report) -> None:
     """The persistent kernels again and again, bit by bit; and the time of one step, from two lengths."""
     rows = []
     for cell, precision in itertools.product(CELLS, PRECISIONS):
-        T, B, H = TINY[0] if SIMULATED else (64, 16, 512)
+        T, B, H = PROTOCOL_SHAPE
         question = Question((T, B, H), cell, 1, precision)
         run = ours(question)
         outs, gradients = run["training"]()
@@ -454,17 +365,6 @@ def protocol(report: Report) -> None:
         raise SystemExit("protocol: some runs differ")
 
 
-def tier_of(question: Question) -> str:
-    """Which kernels serve a layer, and why, in the backend's own words."""
-    from numlstm.kernels.cuda import sequence
-
-    T, B, H = question.shape
-    chosen = sequence.tier(
-        CELLS[question.cell](), T, B, H, H, H, np.float32, question.precision, cuda(question.precision).index
-    )
-    return f"{chosen.name}: {chosen.why}"
-
-
 def floor(question: Question, mode: str, peaks: dict[str, float]) -> float:
     """Seconds below which no kernel comes under the cost model: products at their measured peak, bytes at the measured
     bandwidth, and an exchange of `EXCHANGE` a step each way."""
@@ -481,20 +381,13 @@ def floor(question: Question, mode: str, peaks: dict[str, float]) -> float:
     return (forward + backward) * question.directions
 
 
-def questions() -> Iterator[Question]:
-    """The table's rows; both directions at the shapes where they are not out of proportion."""
-    for shape, cell, precision in itertools.product(TINY if SIMULATED else SHAPES, CELLS, PRECISIONS):
-        for directions in (1, 2):
-            yield Question(shape, cell, directions, precision)
-
-
 def table(report: Report) -> None:
     """Our time over cuDNN's, at each shape, cell, precision, number of directions, forward and in training."""
     from benchmarks.gpu import goal_of
 
     peaks = None if SIMULATED else ceilings()
     rows: list[dict[str, Any]] = []
-    for question in questions():
+    for question in questions(TINY if SIMULATED else SHAPES):
         mine = ours(question)
         theirs = torch_sides(question) if has_torch() else {}
         for mode in ("inference", "training"):
@@ -545,25 +438,8 @@ def ceilings(floats: int = 2**27, n: int = 4096) -> dict[str, float]:
 def options(report: Report) -> None:
     """What masks, lengths, dropout, zoneout and peepholes cost, in training."""
     rows = []
-    for shape, precision in itertools.product(
-        TINY if SIMULATED else [(512, 32, 512), (100, 64, 256)], ("bfloat16", "float32")
-    ):
-        T, B, H = shape
-        random = np.random.default_rng(4)
-        valid = np.arange(T)[:, None] < lengths_of(T, B)
-        keep = lambda *s: ((random.random(s) < 0.8) / 0.8).astype(np.float32)  # noqa: B023
-        drop = lambda *s: (random.random(s) < 0.1).astype(np.float32)  # noqa: B023
-        peephole, zoneout = cells.lstm(peephole=True), cells.zoneout(cells.lstm())
-        draw = lambda n: tuple(random.standard_normal(H).astype(np.float32) * 0.1 for _ in range(n))  # noqa: B023
-        variants: dict[str, dict[str, Any]] = {
-            "plain": {},
-            "lengths": {"valid": valid},
-            "mask with holes": {"valid": random.random((T, B)) < 0.8},
-            "recurrent dropout, a sequence": {"recurrent_mask": keep(1, B, H)},
-            "recurrent dropout, a step": {"recurrent_mask": keep(T, B, H)},
-            "peephole": {"cell": peephole, "params": draw(len(peephole.params))},
-            "zoneout": {"cell": zoneout, "aux": tuple(drop(T, B, H) for _ in zoneout.aux)},
-        }
+    for shape, precision in itertools.product(TINY if SIMULATED else OPTION_SHAPES, OPTION_PRECISIONS):
+        variants = option_variants(*shape)
         question = Question(shape, "lstm", 1, precision)
         sides = {name: ours(question, **variant)["training"] for name, variant in variants.items()}
         if has_torch():
@@ -597,9 +473,7 @@ def learning(report: Report) -> None:
     index = {c: k for k, c in enumerate(vocabulary)}
     ids = np.array([index[c] for c in text], np.int64)
     T, units = (4, 6) if SIMULATED else (64, 256)
-    count = (len(ids) - 1) // T
-    if SIMULATED:
-        count = 4
+    count = 4 if SIMULATED else (len(ids) - 1) // T // 64 * 64  # whole batches: one shape, one set of kernels
     x, y = (ids[k : k + count * T].reshape(count, T) for k in (0, 1))
     found: dict[str, Any] = {}
     for backend in ("cuda", "cpu"):
@@ -634,10 +508,8 @@ def learning(report: Report) -> None:
 
 def main(argv: list[str]) -> int:
     name, out = argv
-    {
-        "machine": machine, "tests": tests, "correct": correct, "protocol": protocol, "table": table, "options": options,
-        "learning": learning,
-    }[name](Report(Path(out)))  # fmt: skip
+    sections = (machine, kernels, tests, correct, protocol, table, options, learning)
+    {section.__name__: section for section in sections}[name](Report(Path(out)))
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from numlstm.backend import adopt, backend_of, beside, moved, place_of, to_numpy
+from numlstm.backend import adopt, backend_of, beside, moved, place_of, scalar, to_numpy
 from numlstm.kernels.int8 import LEVELS, Quantized
 from numlstm.kernels.reference_pointwise import dense_rows
 from numlstm.kernels.sequence import Prepacked
@@ -131,7 +131,7 @@ class Tensor:
 
     def item(self) -> float | int | bool:
         """The one value it holds, as a Python number."""
-        return self.data.item()
+        return scalar(self.data)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.numpy()

@@ -10,6 +10,7 @@ from typing import Any
 
 from numlstm.backend import IN_PRECISION, Backend, cuda, lookup, use_backend
 from numlstm.layers.base import Layer
+from numlstm.layers.bidirectional import Bidirectional
 from numlstm.quantization import is_quantized
 
 __all__ = ["explain"]
@@ -47,7 +48,14 @@ def explain(
     with use_backend(backend or chosen, strict=strict, precision=precision) as serving:
         why_not = cuda.unavailable() if (backend or chosen) is None and serving.name == "cpu" else None
         say(f"backend: {serving}" + (f" (no cuda: {why_not})" if why_not else ""))
-    rows = [row for path, layer in model.walk() if _asks(layer) for row in _rows(path, layer, serving)]
+    pairs = [layer for _, layer in model.walk() if isinstance(layer, Bidirectional)]
+    paired = {id(layer) for pair in pairs for layer in (pair.forward_layer, pair.backward_layer)}
+    rows = [
+        row
+        for path, layer in model.walk()
+        if _asks(layer)
+        for row in _rows(path, layer, serving, 2 if id(layer) in paired else 1)
+    ]
     for row in rows:
         what = row["operation"] + ("" if row["option"] == "*" else f" {row['option']}")
         say(f"{row['layer']} ({row['type']}): {what} -> {row['kernel']} ({row['why']})")
@@ -59,7 +67,7 @@ def _asks(layer: Layer) -> bool:
     return not layer.has_children()
 
 
-def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
+def _rows(path: str, layer: Layer, serving: Backend, directions: int) -> list[dict[str, str]]:
     base = {"layer": path or layer.name, "type": type(layer).__name__, "dtype": layer.dtype}
     asked, device = layer.operations(), serving.device
     if quantized := is_quantized(layer):
@@ -86,9 +94,14 @@ def _rows(path: str, layer: Layer, serving: Backend) -> list[dict[str, str]]:
         products = "int8" if quantized else serving.precision if operation in IN_PRECISION else "float32"
         if products != "float32" and (how := serving.products(products)):
             found["why"] += f"; {how}"
+        if operation == "sequence" and (
+            way := serving.ways(layer.running_cell(), layer.units, layer.dtype, directions)
+        ):
+            found["why"] += f"; {way}"
         if operation == "sequence" and (steps := getattr(layer, "remat_steps", None)) is not None:
             found["why"] += (
                 f"; in training the states of every {steps} steps are kept, the rest computed again"
+                + (" by tier 0" if "tier 2" in found["why"] else "")
             )
         rows.append({**base, "operation": operation, "option": option, **found})
     return rows

@@ -15,7 +15,7 @@ import numpy as np
 
 from numlstm import losses
 from numlstm.autograd import Tensor
-from numlstm.backend import adopt, beside, namespace, place_of, to_numpy
+from numlstm.backend import adopt, beside, namespace, place_of, scalar, to_numpy
 from numlstm.losses import Loss, class_numbers, function_name, named_function, pair
 from numlstm.registry import Configurable, Registry, serialize, snake_case
 
@@ -739,7 +739,7 @@ def _read(state: Any) -> Any:
     """A sum, or an array of them, on the host."""
     if place_of(state) is None:
         return state
-    return state.item() if not state.ndim else to_numpy(state)
+    return to_numpy(state) if state.ndim else scalar(state)
 
 
 def _tensor(x: Any) -> Tensor:

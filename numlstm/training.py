@@ -22,6 +22,7 @@ from numlstm.backend import (
     get_backend,
     namespace,
     place_of,
+    scalar,
     to_numpy,
     use_backend,
 )
@@ -711,7 +712,7 @@ class _Figures:
 
     def _read(self) -> None:
         """The sums as numbers: on a device this is where one waits for it."""
-        self.total, self.count = (s.item() if hasattr(s, "item") else s for s in (self.total, self.count))
+        self.total, self.count = (scalar(s) if hasattr(s, "item") else s for s in (self.total, self.count))
 
     def logs(self) -> dict[str, Any]:
         self._read()

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from ..cpu.cache import directory, made
 from .math import functions
 
-__all__ = ["Kernel", "Parameter", "compile_cubin", "cubin", "from_text", "parameters"]
+__all__ = ["Kernel", "Parameter", "compile_cubin", "cubin", "from_text", "kept", "linked", "parameters"]
 
 
 class Parameter(NamedTuple):
@@ -76,10 +76,24 @@ def _signature(kernel: Kernel) -> Any:
 
 def compile_cubin(kernel: Kernel, arch: tuple[Any, ...]) -> tuple[str, bytes]:
     """The kernel's name in its binary, and the binary, for an architecture such as (8, 0) or (9, 0, "a")."""
-    from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
 
     ptx, _ = cuda.compile(kernel.make(), _signature(kernel), cc=arch, output="ptx", device=False, abi="numba")
+    return linked(ptx, arch)
+
+
+def linked(ptx: str, arch: tuple[Any, ...]) -> tuple[str, bytes]:
+    """The name of the one kernel in some PTX, and its binary for an architecture.
+
+    Raises:
+        ImportError: cuda-core is missing.
+    """
+    try:
+        from cuda.core import Linker, LinkerOptions, ObjectCode
+    except ImportError as error:
+        raise ImportError(
+            f"kernels for CUDA need cuda-core: pip install 'numlstm[cuda13]' ({error})"
+        ) from error
     (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
     options = LinkerOptions(arch="sm_" + "".join(map(str, arch)))
     return entry, bytes(Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code)
@@ -87,7 +101,7 @@ def compile_cubin(kernel: Kernel, arch: tuple[Any, ...]) -> tuple[str, bytes]:
 
 def _hash_of_sources() -> str:
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "derive.py"]
+    files = [*sorted(here.glob("*.py")), here / "persistent" / "compile.py", here.parent / "derive.py"]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -105,6 +119,7 @@ def _surroundings() -> str:
         "nvidia-nvvm",
         "nvidia-cuda-nvcc-cu12",
         "nvidia-nvjitlink",
+        "nvidia-nvjitlink-cu12",
     ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             compilers[package] = metadata.version(package)
@@ -113,18 +128,26 @@ def _surroundings() -> str:
 
 def cubin(kernel: Kernel, arch: tuple[Any, ...]) -> tuple[str, bytes]:
     """`compile_cubin`, or what an earlier process compiled."""
-    what = (_surroundings(), kernel.name, kernel.parameters, kernel.dtype, kernel.text, arch)
-    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    what = (kernel.name, kernel.parameters, kernel.dtype, kernel.text, arch)
+    return kept(kernel.name, what, lambda: compile_cubin(kernel, arch))
+
+
+def kept(label: str, what: Any, make: Callable[[], tuple[str, bytes]]) -> tuple[str, bytes]:
+    """A kernel's name in its binary, and the binary, as `make` gives them, or as an earlier process kept them.
+
+    Arguments:
+        label: for people, in the file's name.
+        what: all that the binary is made from, besides this package's sources and the compilers; its repr is hashed.
+    """
+    key = hashlib.sha256(repr((_surroundings(), what)).encode()).hexdigest()
     folder = directory()
-    path = (
-        None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9_]', '_', kernel.name)}-{key[:24]}.cubin"
-    )
+    path = None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9_]', '_', label)}-{key[:24]}.cubin"
     if path is not None:
-        kept = _read(path)
-        if kept is not None:
+        found = _read(path)
+        if found is not None:
             made.loaded += 1
-            return kept
-    entry, binary = compile_cubin(kernel, arch)
+            return found
+    entry, binary = make()
     made.compiled += 1
     if path is not None:
         with contextlib.suppress(OSError):  # nowhere to write: the binary serves this process

@@ -41,12 +41,14 @@ class Device:
         index: the device's number.
         capability: its compute capability, such as (9, 0).
         name: for people.
+        persistent: whether it can run persistent kernels (persistent/), which are inline PTX.
     """
 
     xp: Any
     index: int
     capability: tuple[int, int]
     name: str
+    persistent: bool
 
     def __init__(self) -> None:
         self._constants: dict[tuple[str, float], Any] = {}
@@ -113,6 +115,7 @@ class Simulator(Device):
     xp = np
     index, capability = 0, (9, 0)
     name = "Numba's CUDA simulator on NumPy arrays"
+    persistent = False
     _one_at_a_time = threading.RLock()  # the simulator knows one kernel at a time
 
     def __init__(self) -> None:
@@ -200,6 +203,8 @@ _NUMBERS = {"int": np.int32, "index": np.int64, "word": np.uint32}
 
 class Gpu(Device):
     """A CUDA device by its number, through CuPy. It must be CuPy's current device whenever it is used."""
+
+    persistent = True
 
     def __init__(self, index: int) -> None:
         import cupy

@@ -20,7 +20,7 @@ from . import cells
 from .cells import BLOCK_SUM, SHARED, Form
 from .compiler import Kernel, Parameter, from_text, parameters
 from .device import ROW_THREADS, Device, current
-from .sequence import DTYPES, rounding_of
+from .steps import DTYPES, rounding_of
 
 __all__ = [
     "Updates", "all_kernels", "batched_matmul", "dropout_mask", "embedding", "embedding_gradient",

@@ -1,470 +1,256 @@
-"""The recurrent sequence on a GPU, for every cell, option and size: the contract of ../sequence.py.
+"""The recurrent sequence on a GPU: the contract of ../sequence.py, and the choice of the way to run it.
 
-One product projects the whole input; each step is then a product by cuBLAS and a fused kernel a stage (cells.py). The way
-back is the same in reverse, and the gradients of weights and input are three products after its last step. Memory is laid
-out and every call prepared before the first step, so that a step costs the host a call a kernel.
+Two ways there are. steps.py, tier 0, serves every cell, option, size and float type by a product and fused kernels a step.
+persistent/, tier 2, keeps the recurrent weights on chip and runs all steps in one launch, where they fit and where its cost
+model says that it pays. `tier` chooses and says why; a backward pass goes the way that its forward pass went.
 
-`tier` says which of the ways to run a sequence a call takes.
+A persistent kernel that gets stuck gives up, and leaves a word about it; `finish` raises that as an error. Whoever hands
+results to the host calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..derive import Cell
-from ..sequence import Forward, Gradients, check_backward, check_forward, check_precision
-from . import cells
-from .cells import Form
+from ..sequence import Forward, Gradients, check_forward, check_precision
+from . import persistent, steps
 from .device import Device, current
 
-__all__ = ["Tier", "backward", "forward", "rounding_of", "tier"]
+__all__ = [
+    "Residual", "Tier", "backward", "backward_all", "batches", "dispatch_table", "finish", "forward", "forward_all",
+    "pieces", "tier",
+]  # fmt: skip
 
-DTYPES = ("float32", "float64")
+_BATCHES = (1, 8, 16, 32, 64, 128, 256)  # that `batches` asks about
+_ON_CHIP: dict[int, persistent.Sequences] = {}  # by device: the persistent sequences that have been asked for
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+pieces = (
+    steps  # which module runs a sequence piece by piece (kernels/remat.py): memory counts there, not time
+)
 
 
 class Tier(NamedTuple):
-    """How a sequence is run, and why so."""
+    """How a sequence is run, "steps" or "persistent", and why so."""
 
     name: str
     why: str
 
 
+class Residual(NamedTuple):
+    """What a forward pass keeps: the way it went, and what that way keeps."""
+
+    way: Any
+    kept: Any
+
+
 def tier(
-    cell: Cell, T: int, B: int, I: int, H: int, P: int, dtype: str, precision: str, device: Device
-) -> Tier:
-    """Which way a sequence of that shape takes on `device`.
+    cell: Cell, T: int, B: int, I: int, H: int, P: int, dtype: str, precision: str, device: Device | None = None,
+    directions: int = 1,
+) -> Tier:  # fmt: skip
+    """Which way a sequence of that shape takes on `device`, by default this thread's.
+
+    Arguments:
+        dtype: of the weights; precision: of the products' operands.
+        directions: sequences of this shape that may run in one launch.
 
     >>> from numlstm.kernels import cells
     >>> from types import SimpleNamespace
-    >>> tier(cells.lstm(), 9, 4, 3, 8, 8, "float32", "tf32", SimpleNamespace(capability=(7, 0))).name
-    'steps'
+    >>> old = SimpleNamespace(capability=(7, 0), persistent=True)
+    >>> tier(cells.lstm(), 9, 4, 3, 8, 8, "float32", "float32", old).why
+    'a product and a fused kernel a step; compute capability 7.0: persistent kernels need 8.0'
     """
-    why = f"a product and {'a fused kernel' if len(cell.stages) == 1 else f'{len(cell.stages)} fused kernels'} a step"
-    # Kernels that keep the weights on chip for the whole sequence are asked here first, when there are some.
-    if precision == "tf32" and device.capability < (8, 0):
-        why += "; this device has no tf32, its products are float32's"
-    if precision == "bfloat16" and device.capability < (8, 0):
-        why += "; this device multiplies no bfloat16, its rounded operands are multiplied as float32"
-    return Tier("steps", why)
+    device = device or current()
+    how = f"a product and {'a fused kernel' if len(cell.stages) == 1 else f'{len(cell.stages)} fused kernels'} a step"
+    if device.capability < (8, 0):
+        rounded = {"tf32": " and tf32", "bfloat16": " and products of bfloat16"}.get(precision, "")
+        found = ".".join(map(str, device.capability))
+        return Tier(
+            "steps", f"{how}; compute capability {found}: persistent kernels{rounded} need 8.0"
+            + (", its products are float32's" if rounded else ""),
+        )  # fmt: skip
+    if not device.persistent:
+        return Tier("steps", f"{how}; {device.name} runs no persistent kernel")
+    if cell.projects:
+        return Tier("steps", f"{how}; no persistent kernel: {cell.name} projects its output")
+    name = np.dtype(dtype).name
+    reason = _on_chip(device).supports(
+        cell, T, B, I, H, dtype=name, precision=precision, directions=directions
+    )
+    if reason is not None:
+        return Tier("steps", f"{how}; no persistent kernel: {reason}")
+    together = f", {directions} directions" if directions > 1 else ""
+    return Tier("persistent", f"one launch for all steps{together}, the recurrent weights on chip")
 
 
-def rounding_of(dtype: str, precision: str, device: Device) -> str:
-    """How operands are stored (cells.Form): cuBLAS rounds to tf32 by itself, and reads bfloat16 only beside float32."""
-    if precision == "float32" or (precision == "tf32" and dtype == "float32"):
-        return "none"
-    if precision == "bfloat16" and dtype == "float32" and device.capability >= (8, 0):
-        return "bits"
-    return precision
+def _on_chip(device: Device) -> persistent.Sequences:
+    if device.index not in _ON_CHIP:
+        _ON_CHIP[device.index] = persistent.on_device(device.index)
+    return _ON_CHIP[device.index]
 
 
-@cache
-def _forward_kernel(cell: Cell, k: int, form: Form) -> Any:
-    return cells.forward_kernel(cell, k, form)
+def batches(cell: Cell, H: int, dtype: str, precision: str, directions: int = 1) -> str:
+    """For people, which way sequences of a cell take by their batch, on this thread's device."""
+    P = max(1, H // 2) if cell.projects else H  # a cell that projects takes one way at any width
+    found = [tier(cell, 1, B, 1, H, P, dtype, precision, directions=directions) for B in _BATCHES]
+    served = [B for B, t in zip(_BATCHES, found, strict=True) if t.name == "persistent"]
+    steps_why = next((t.why for t in found if t.name == "steps"), "")
+    if not served:
+        return f"tier 0: {steps_why}"
+    on_chip = f"tier 2, persistent: {found[_BATCHES.index(served[0])].why}"
+    if len(served) == len(_BATCHES):
+        return on_chip
+    # Those that it serves need not be all up to some number: where products a step pay is for the model to say.
+    sizes = f"up to {served[-1]}" if served == list(_BATCHES[: len(served)]) else ", ".join(map(str, served))
+    return f"{on_chip}, for a batch of {sizes}; else tier 0: {steps_why}"
 
 
-@cache
-def _norm_kernel(cell: Cell, k: int, index: int, form: Form) -> Any:
-    return cells.norm_kernel(cell, k, index, form)
+def dispatch_table(cell: Cell) -> str | None:
+    """The persistent kernels' table (`persistent.table`) for this thread's device; None where it runs none of them."""
+    device = current()
+    if not device.persistent or device.capability < (8, 0):
+        return None
+    chip = _on_chip(device).device
+    return persistent.table(cell, sms=chip.sms, shared_per_block=chip.shared_per_block)
 
 
-@cache
-def _backward_plan(cell: Cell, form: Form, masked: bool) -> list[tuple[cells.Step, Any]]:
-    """The steps back with their kernels, that of a product only where a mask comes after it."""
-    plan: list[tuple[cells.Step, Any]] = []
-    for step in cells.backward_steps(cell):
-        k = step.stage
-        if step.kind == "stage":
-            plan.append((step, cells.backward_kernel(cell, k, form, step.known, step.adds)))
-        elif step.kind == "norm":
-            plan.append((step, cells.norm_backward_kernel(cell, k, step.index, form, step.known, step.adds)))
-        else:
-            after = masked and not cell.stages[k].projects
-            plan.append((step, cells.masked_kernel(cell, k, form, bool(step.adds)) if after else None))
-    return plan
+def finish(index: int = 0) -> None:
+    """Wait for the persistent kernels of device `index` and raise what went wrong in them; nothing if none has run.
 
-
-class _Sequence:
-    """A sequence's sizes, arrays by name (cells.py) and numbers by name, from the forward pass to the backward pass."""
-
-    used = False
-
-    def __init__(
-        self, cell: Cell, shape: tuple[int, ...], dtype: str, precision: str, training: bool
-    ) -> None:
-        self.device = current()
-        self.cell, self.dtype, self.precision, self.training = cell, dtype, precision, training
-        self.T, self.B, self.I, self.H, self.P = shape
-        self.arrays: dict[str, Any] = {}
-        self.numbers: dict[str, int] = {}
-        self.rounding = rounding_of(dtype, precision, self.device)
-        self.operand_dtype = "uint16" if self.rounding == "bits" else dtype
-        self.tf32 = precision == "tf32"
-        self.weights: dict[int, Any] = {}
-        self.columns: dict[int, list[int]] = {}
-
-    # Memory
-    def empty(self, *shape: int, dtype: str | None = None) -> Any:
-        return self.device.xp.empty(shape, dtype or self.dtype)
-
-    def zeros(self, *shape: int) -> Any:
-        return self.device.xp.zeros(shape, self.dtype)
-
-    def width(self, name: str) -> int:
-        """Columns of a state, by its name or that of its new value; vectors have one a unit."""
-        first = self.cell.state[0]
-        return self.P if name in (first, first + "1") else self.H
-
-    def optional(self, name: str, a: Any, kind: str = "") -> None:
-        """An array read with stride 1; without one, an element read with stride 0."""
-        dtype, value = ("uint8", 1) if kind == "flag" else (self.dtype, 0)
-        self.numbers[name + "_s"] = int(a is not None)
-        self.arrays[name] = self.device.constant(value, dtype) if a is None else a
-
-    def broadcasting(self, name: str, a: Any) -> None:
-        """An array that broadcasts over steps, rows or columns; ones without one."""
-        a = (
-            self.device.constant(1, self.dtype).reshape(1, 1, 1)
-            if a is None
-            else self.device.array(a, self.dtype)
-        )
-        step = 1
-        for axis, size in reversed(list(zip("tbj", a.shape, strict=True))):
-            self.numbers[f"{name}_{axis}"] = step if size > 1 else 0
-            step *= size
-        self.arrays[name] = a
-
-    def operand(self, a: Any) -> Any:
-        """`a` as products read it."""
-        if self.rounding == "none":
-            return a
-        out = self.device.xp.empty(a.shape, self.operand_dtype)
-        kernel = cells.operand_kernel(Form(self.dtype, self.rounding))
-        self.device.flat(kernel, a.size, (a, out, a.size))()
-        return out
-
-    # Calls
-    def bind(self, kernel: Any, width: int, by_row: bool = False) -> Callable[..., None]:
-        """The kernel on this sequence's arrays: a function of (t, o, n)."""
-        numbers = {**self.numbers, "T": self.T, "B": self.B, "W": width, "H": self.H, "f": int(self.training)}
-        given = [self.arrays.get(p.name, numbers.get(p.name)) for p in kernel.parameters[:-3]]
-        if by_row:
-            return self.device.by_row(kernel, self.B, given)
-        return self.device.over_rows(kernel, self.B, width, given)
-
-    def product(self, a: Any, b: Any, c: Any, **how: bool) -> Callable[[int, int], None]:
-        return self.device.product(a, b, c, tf32=self.tf32, **how)
-
-    def stage_width(self, k: int) -> int:
-        return self.P if self.cell.stages[k].projects else self.H
-
-    def read_by(self, k: int) -> tuple[Any, int]:
-        """What stage k's product reads, at all steps that are kept, and where in it the first step lies."""
-        source, states = self.cell.stages[k].source, self.cell.state
-        if f"F{k}" in self.arrays:
-            return self.arrays[f"F{k}"], 0
-        if source in states:
-            return self.arrays["S_" + source], 0
-        if source[:-1] in states and source[-1] == "1":
-            return self.arrays["S_" + source[:-1]], 1
-        return self.arrays["V_" + source], 0
-
-    def slot(self, k: int) -> Callable[[int, int, int], int]:
-        """Which of those steps stage k's product reads, as a function of (t, o, n)."""
-        source, states = self.cell.stages[k].source, self.cell.state
-        kept = int(self.training)
-        if f"F{k}" not in self.arrays:
-            first, last = states[0], self.training
-            if source in states:
-                return (lambda t, o, n: t) if source == first or last else (lambda t, o, n: o)
-            if source[:-1] in states and source[-1] == "1":
-                return (lambda t, o, n: t + 1) if source[:-1] == first or last else (lambda t, o, n: n)
-        return lambda t, o, n: t * kept
-
-    def take_weights(self, recurrent_kernel: Any, projection: Any) -> None:
-        """What each stage's product multiplies by: the columns of its gates, or the projection."""
-        cell, H = self.cell, self.H
-        for k, stage in enumerate(cell.stages):
-            if not stage.h_gates:
-                continue
-            if stage.projects:
-                self.weights[k] = self.operand(projection)
-                continue
-            gates = [
-                cell.recurrent.index(g if g in cell.recurrent else g.removesuffix("_h"))
-                for g in stage.h_gates
-            ]
-            self.columns[k] = gates
-            taken = recurrent_kernel
-            if gates != list(range(len(cell.recurrent))):
-                taken = self.device.xp.concatenate([taken[:, g * H : (g + 1) * H] for g in gates], axis=1)
-            self.weights[k] = self.operand(taken)
+    Raises:
+        RuntimeError: a kernel made no progress and gave up.
+    """
+    if index in _ON_CHIP:
+        _ON_CHIP[index].device.finish()
 
 
 def forward(
-    cell: Cell,
-    x: Any,
-    kernel: Any,
-    recurrent_kernel: Any,
-    bias: Any,
-    params: tuple[Any, ...],
-    state: tuple[Any, ...] | None,
-    valid: Any,
-    *,
-    training: bool,
-    aux: tuple[Any, ...] = (),
-    recurrent_mask: Any = None,
-    projection: Any = None,
-    precision: str = "float32",
-) -> Forward:
-    """Run the sequence in the float type of `kernel`; see ../sequence.py for arguments, shapes and meaning.
+    cell: Cell, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, params: tuple[Any, ...], state: Any, valid: Any,
+    **options: Any,
+) -> Forward:  # fmt: skip
+    """Run one sequence; see ../sequence.py for arguments, shapes and meaning. float32 or float64, that of `kernel`.
 
     Raises:
         ValueError: an array's shape does not fit the others, a float type other than float32 and float64, or an unknown
-            precision.
+            precision. RuntimeError: an earlier persistent kernel has given up.
     """
-    shape = check_forward(
-        cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
-    )
-    T, B, I, H, P = shape
+    return forward_all([((cell, x, kernel, recurrent_kernel, bias, params, state, valid), options)])[0]
+
+
+def forward_all(calls: Sequence[_Call]) -> list[Forward]:
+    """Several sequences that do not depend on each other, in one launch where a persistent kernel serves them together.
+
+    Raises:
+        As `forward`.
+    """
+    device = current()
+    asked = [_question(*c) for c in calls]
+    if len(set(asked)) == 1 and tier(*asked[0], device, len(calls)).name == "persistent":
+        way = _on_chip(device)
+        outs = way.forward_all([_float32(device, c) for c in calls])
+        return [_kept(way, out) for out in outs]
+    if len(calls) > 1:
+        return [forward_all([c])[0] for c in calls]
+    ((places, options),) = calls
+    return [_kept(steps, steps.forward(*places, **options))]
+
+
+def _kept(way: Any, out: Forward) -> Forward:
+    return out if out.residual is None else out._replace(residual=Residual(way, out.residual))
+
+
+def _question(places: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What `tier` asks of a call, up to its precision."""
+    cell, kernel = places[0], places[2]
+    rest = (options.get("aux", ()), options.get("recurrent_mask"), options.get("projection"))
+    shape = check_forward(*places, *rest)
+    precision = options.get("precision", "float32")
+    check_precision(precision)
     if min(shape) < 1:
         raise ValueError(
-            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
-            + (f" and an output of {P}" if cell.projects else "")
+            f"sequence: steps, batch, inputs and units must all be at least 1, got {shape[:4]}"
+            + (f" and an output of {shape[4]}" if cell.projects else "")
         )
-    check_precision(precision)
     dtype = np.dtype(kernel.dtype).name
-    if dtype not in DTYPES:
+    if dtype not in steps.DTYPES:
         raise ValueError(f"kernel: expected float32 or float64, got {dtype}")
-    run = _Sequence(cell, shape, dtype, precision, training)
-    device, arrays = run.device, run.arrays
-    x, kernel, recurrent_kernel = (device.array(a, dtype) for a in (x, kernel, recurrent_kernel))
-    run.take_weights(recurrent_kernel, None if projection is None else device.array(projection, dtype))
-
-    # 1. Memory, and the arrays' places in it.
-    kept, form = (T if training else 1), _form(run, recurrent_mask is not None, bias is not None)
-    run.optional("bias", None if bias is None else device.array(bias, dtype))
-    run.optional("valid", None if valid is None else device.array(valid, np.bool_).view(np.uint8), "flag")
-    for name, a in zip(cell.params, params, strict=True):
-        arrays["P_" + name] = device.array(a, dtype)
-    for name, a in zip(cell.aux, aux, strict=True):
-        run.broadcasting("A_" + name, a)
-    run.broadcasting("mask", recurrent_mask)
-    for k, name in enumerate(cell.state):
-        steps = T + 1 if training or k == 0 else 2
-        arrays["S_" + name] = sequence = run.empty(steps, B, run.width(name))
-        sequence[0] = 0 if state is None else device.array(state[k], dtype)
-    for name in cell.vectors:
-        arrays["V_" + name] = run.empty(kept, B, H)
-    for k in form.feeds:
-        arrays[f"F{k}"] = run.empty(kept, B, run.width(cell.stages[k].source), dtype=run.operand_dtype)
-
-    # 2. The input's products, for all steps at once.
-    x_read, kernel_read = run.operand(x), run.operand(kernel)
-    arrays["X"] = run.empty(T, B, kernel.shape[1])
-    flat = x_read.reshape(1, T * B, I), arrays["X"].reshape(1, T * B, -1)
-    run.product(flat[0], kernel_read, flat[1])(0, 0)
-
-    # 3. What a step does, prepared.
-    calls: list[Callable[..., None]] = []
-    saved: list[dict[str, Any]] = []
-    made_by = cells.producers(cell)
-    for k, stage in enumerate(cell.stages):
-        width, own = run.stage_width(k), {}
-        for index in range(len(stage.norms)):
-            arrays["scale"] = own[f"scale{index}"] = run.empty(kept, B)
-            calls.append(run.bind(_norm_kernel(cell, k, index, form), H, by_row=True))
-        if stage.h_gates:
-            arrays["R"] = run.empty(1, B, run.weights[k].shape[1])
-            if k in form.feeds and (made_by[k] is None or stage.source in cell.state):
-                feed = run.bind(cells.feed_kernel(cell, k, form), run.width(stage.source))
-                if made_by[k] is None:
-                    calls.append(feed)
-                else:
-                    feed(0, 0, 1)
-            product = run.product(run.read_by(k)[0], run.weights[k], arrays["R"])
-            calls.append(_at(product, run.slot(k)))
-        if stage.saved and training:
-            arrays["Y"] = own["Y"] = run.empty(T, stage.saved, B, width)
-        calls.append(run.bind(_forward_kernel(cell, k, form), width))
-        saved.append(own)
-
-    # 4. The steps.
-    for t in range(T):
-        o, n = t % 2, (t + 1) % 2
-        for call in calls:
-            call(t, o, n)
-
-    final = tuple(
-        arrays["S_" + s][T if training or k == 0 else T % 2].copy() for k, s in enumerate(cell.state)
-    )
-    h = arrays["S_" + cell.state[0]][1:]
-    if not training:
-        return Forward(h, final, None, None)
-    for name in ("R", "Y", "scale", "bias"):
-        arrays.pop(name, None)
-    residual = Residual(run, form, saved, x_read, kernel_read, recurrent_mask is not None, bias is not None)
-    return Forward(h, final, tuple(arrays["S_" + s][1:] for s in cell.state[1:]), residual)
+    return (cell, *shape, dtype, precision)
 
 
-def _at(
-    product: Callable[[int, int], None], slot: Callable[[int, int, int], int]
-) -> Callable[[int, int, int], None]:
-    return lambda t, o, n: product(slot(t, o, n), 0)
+def _float32(device: Device, call: _Call) -> _Call:
+    """A call as the persistent kernels want it: contiguous float32 arrays of the device, and truth values."""
+    (cell, *arrays, valid), options = call
+    take = lambda a: _each(a, lambda b: device.array(b, "float32"))
+    options = {k: take(v) if k in ("aux", "recurrent_mask") else v for k, v in options.items()}
+    return (cell, *map(take, arrays), None if valid is None else device.array(valid, np.bool_)), options
 
 
-def _form(run: _Sequence, masked: bool, bias: bool) -> Form:
-    """The kernels' form: which products read a copy follows from the mask and the rounding."""
-    feeds = tuple(
-        k
-        for k, stage in enumerate(run.cell.stages)
-        if stage.h_gates and (run.rounding != "none" or (masked and not stage.projects))
-    )
-    return Form(run.dtype, run.rounding, feeds, bias and run.training, run.training)
+def _each(a: Any, take: Any) -> Any:
+    """An array, or a tuple of them, or None, with each array taken."""
+    return tuple(_each(b, take) for b in a) if isinstance(a, tuple) else None if a is None else take(a)
 
 
-class Residual(NamedTuple):
-    """What a forward pass keeps."""
-
-    run: _Sequence
-    form: Form
-    saved: list[dict[str, Any]]  # by stage: what its forward kernel saved, and its norms' factors
-    x: Any
-    kernel: Any
-    masked: bool
-    bias: bool
-
-
-def backward(
-    residual: Residual,
-    dh: Any,
-    dfinal: tuple[Any, ...],
-    *,
-    need_dx: bool = True,
-    dstates: tuple[Any, ...] | None = None,
-) -> Gradients:
+def backward(residual: Residual, dh: Any, dfinal: tuple[Any, ...], **options: Any) -> Gradients:
     """Gradients of `forward`; see ../sequence.py for arguments, shapes and meaning.
 
     Raises:
-        ValueError: the residual has been used (its saved values have become gradients), or a gradient's shape does not fit.
+        ValueError: the residual has been used, or a gradient's shape does not fit.
     """
-    run, form = residual.run, residual.form
-    if run.used:
-        raise ValueError("residual: a forward pass serves one backward pass, and this one has had it")
-    cell, device, arrays = run.cell, run.device, run.arrays
-    T, B, I, H, P = run.T, run.B, run.I, run.H, run.P
-    check_backward(cell, (T, B, H, P), dh, dfinal, dstates)
-    run.used = True
-    G = len(cell.gates)
-
-    # 1. Memory. Where gradients are stored as they are, those of the pre-activations take the place of these.
-    upstream = (dh, *(dstates or (None,) * (len(cell.state) - 1)))
-    for name, d_all, d_last in zip(cell.state, upstream, dfinal, strict=True):
-        run.optional("U_" + name, None if d_all is None else device.array(d_all, run.dtype))
-        arrays["D_" + name] = run.empty(2, B, run.width(name))
-        arrays["D_" + name][T % 2] = 0 if d_last is None else device.array(d_last, run.dtype)
-    for name in cell.vectors:
-        arrays["E_" + name] = run.empty(1, B, H)
-    arrays["DX"] = arrays["X"] if run.rounding == "none" else run.empty(T, B, G * H, dtype=run.operand_dtype)
-    if residual.bias:
-        arrays["DB"] = run.zeros(B, G * H)
-    for p in cell.params:
-        arrays["DP_" + p] = run.zeros(B, H)
-    dr: dict[int, Any] = {}
-    for k, stage in enumerate(cell.stages):
-        if stage.h_gates:
-            width = run.weights[k].shape[1]
-            one = cells.one_gradient(cell)
-            dr[k] = arrays["DX"] if one else run.empty(T, B, width, dtype=run.operand_dtype)
-
-    # 2. What a step does, prepared.
-    calls: list[Callable[..., None]] = []
-    for step, kernel in _backward_plan(cell, form, residual.masked):
-        k = step.stage
-        stage, own = cell.stages[k], residual.saved[k]
-        if step.kind == "norm":
-            arrays["scale"] = own[f"scale{step.index}"]
-            calls.append(run.bind(kernel, H, by_row=True))
-        elif step.kind == "stage":
-            arrays["Y"], arrays["DR"] = own.get("Y"), dr.get(k)
-            calls.append(run.bind(kernel, run.stage_width(k)))
-        else:
-            calls += _backward_product(run, k, dr[k], kernel, bool(step.adds))
-
-    # 3. The steps, from the last.
-    for t in reversed(range(T)):
-        o, n = t % 2, (t + 1) % 2
-        for call in calls:
-            call(t, o, n)
-
-    # 4. The gradients of weights and input, over all steps at once.
-    dx, dkernel = None, run.empty(1, I, G * H)
-    dgates = arrays["DX"].reshape(T * B, G * H)
-    run.product(residual.x.reshape(1, T * B, I), dgates, dkernel, ta=True)(0, 0)
-    if need_dx:
-        dx = run.empty(T, B, I)
-        flat = dgates.reshape(1, T * B, -1), dx.reshape(1, T * B, I)
-        run.product(flat[0], residual.kernel, flat[1], tb=True)(0, 0)
-    drecurrent, dprojection = _weight_gradients(run, dr)
-    return Gradients(
-        x=dx,
-        kernel=dkernel[0],
-        recurrent_kernel=drecurrent,
-        bias=_column_sum(run, arrays["DB"]) if residual.bias else None,
-        params=tuple(_column_sum(run, arrays["DP_" + p]) for p in cell.params),
-        state=tuple(arrays["D_" + s][0] for s in cell.state),
-        projection=dprojection,
-    )
+    return backward_all([((residual, dh, dfinal), options)])[0]
 
 
-def _backward_product(
-    run: _Sequence, k: int, dr: Any, masked: Any, adds: bool
-) -> list[Callable[[int, int, int], None]]:
-    """The gradient of what stage k's product read, into that of its source, by way of the mask if there is one."""
-    source, states = run.cell.stages[k].source, run.cell.state
-    if masked is not None:
-        run.arrays["M"] = run.empty(1, run.B, run.width(source))
-        product = run.product(dr, run.weights[k], run.arrays["M"], tb=True)
-        return [lambda t, o, n: product(t, 0), run.bind(masked, run.width(source))]
-    if source in states:
-        into = run.product(dr, run.weights[k], run.arrays["D_" + source], tb=True, accumulate=adds)
-        return [lambda t, o, n: into(t, o)]
-    if source[:-1] in states and source[-1] == "1":
-        into = run.product(dr, run.weights[k], run.arrays["D_" + source[:-1]], tb=True, accumulate=adds)
-        return [lambda t, o, n: into(t, n)]
-    into = run.product(dr, run.weights[k], run.arrays["E_" + source], tb=True, accumulate=adds)
-    return [lambda t, o, n: into(t, 0)]
+def backward_all(calls: Sequence[_Call]) -> list[Gradients]:
+    """The gradients of several sequences: those that ran in one launch, in one launch, and so must come together.
+
+    Raises:
+        As `backward`.
+    """
+    residuals = [places[0] for places, _ in calls]
+    if len({id(r.way) for r in residuals}) > 1 or residuals[0].way is steps:
+        return [
+            r.way.backward(r.kept, *places[1:], **options)
+            if r.way is steps
+            else backward_all([((r, *places[1:]), options)])[0]
+            for r, (places, options) in zip(residuals, calls, strict=True)
+        ]
+    launches: dict[int, dict[int, _Call]] = {}  # by launch: its sequences' calls by their places in it
+    for r, call in zip(residuals, calls, strict=True):
+        launch, place = r.kept
+        if place in launches.setdefault(id(launch), {}):
+            raise ValueError("residual: a forward pass serves one backward pass, and this one came twice")
+        launches[id(launch)][place] = call
+    found = {
+        key: residuals[0].way.backward_all(_whole_launch(current(), given)) for key, given in launches.items()
+    }
+    answers = [found[id(r.kept[0])][r.kept[1]] for r in residuals]
+    return [
+        g if options.get("need_dx", True) else g._replace(x=None)
+        for g, (_, options) in zip(answers, calls, strict=True)
+    ]
 
 
-def _weight_gradients(run: _Sequence, dr: dict[int, Any]) -> tuple[Any, Any]:
-    """The gradients of the recurrent kernel and of the projection."""
-    cell, T, B, H = run.cell, run.T, run.B, run.H
-    drecurrent, dprojection = None, None
-    for k, d in dr.items():
-        fed, first = run.read_by(k)
-        fed = fed[first : first + T]
-        out = run.empty(1, fed.shape[2], d.shape[2])
-        run.product(fed.reshape(1, T * B, -1), d.reshape(T * B, -1), out, ta=True)(0, 0)
-        if cell.stages[k].projects:
-            dprojection = out[0]
-        elif run.columns[k] == list(range(len(cell.recurrent))):
-            drecurrent = out[0]
-        else:
-            if drecurrent is None:
-                drecurrent = run.zeros(run.P, len(cell.recurrent) * H)
-            for i, gate in enumerate(run.columns[k]):
-                drecurrent[:, gate * H : (gate + 1) * H] = out[0, :, i * H : (i + 1) * H]
-    if drecurrent is None:  # nothing comes back to this cell
-        drecurrent = run.zeros(run.P, len(cell.recurrent) * H)
-    return drecurrent, dprojection
-
-
-def _column_sum(run: _Sequence, a: Any) -> Any:
-    """The sums of the columns of a (B, N)."""
-    total = run.empty(a.shape[1])
-    kernel = cells.column_sum_kernel(run.dtype)
-    run.device.flat(kernel, a.shape[1], (a, total, *a.shape))()
-    return total
+def _whole_launch(device: Device, given: dict[int, _Call]) -> list[_Call]:
+    """The backward calls of all sequences of a launch, alike: what nobody asks for has gradients of zero upstream."""
+    ((residual, *_), _) = next(iter(given.values()))
+    launch = residual.kept[0]
+    (T, B, _, H), states = launch.shape, len(launch.cell.state)
+    take = lambda a: _each(a, lambda b: device.array(b, "float32"))
+    upstream, finals, need_dx = {}, {}, False
+    for place, ((_, dh, dfinal), options) in given.items():
+        upstream[place] = take((dh, *(options.get("dstates") or (None,) * (states - 1))))
+        finals[place] = take(tuple(dfinal))
+        need_dx |= options.get("need_dx", True)
+    there = [any(u[k] is not None for u in upstream.values()) for k in range(states)]
+    calls: list[_Call] = []
+    for place in range(launch.plan.directions):
+        of = upstream.get(place, (None,) * states)
+        of = [
+            device.xp.zeros((T, B, H), "float32") if wanted and a is None else a
+            for a, wanted in zip(of, there, strict=True)
+        ]
+        options = {"need_dx": need_dx, "dstates": tuple(of[1:])}
+        calls.append((((launch, place), of[0], finals.get(place, (None,) * states)), options))
+    return calls

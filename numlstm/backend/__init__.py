@@ -39,6 +39,7 @@ __all__ = [
     "namespace",
     "place_of",
     "register",
+    "scalar",
     "to_numpy",
     "use_backend",
 ]
@@ -300,7 +301,38 @@ def beside(a: Any, other: Array, name: str, dtype: Any = None) -> Array:
 
 
 def to_numpy(a: Any) -> np.ndarray:
-    """An array of any device as a NumPy array."""
+    """An array of any device as a NumPy array.
+
+    Raises:
+        RuntimeError: what was to compute it went wrong on its device.
+    """
     if type(a) is np.ndarray:
         return a
-    return np.asarray(a) if place_of(a) is None else a.get()
+    place = place_of(a)
+    if place is None:
+        return np.asarray(a)
+    found = a.get()
+    _finish(place)
+    return found
+
+
+def scalar(a: Any) -> Any:
+    """The one value that an array of any device holds, as a Python number.
+
+    Raises:
+        RuntimeError: what was to compute it went wrong on its device.
+
+    >>> scalar(np.ones(1))
+    1.0
+    """
+    found, place = a.item(), place_of(a)
+    if place is not None:
+        _finish(place)
+    return found
+
+
+def _finish(place: str) -> None:
+    """Raise what went wrong where an array came from. This machine's backend for it need not be usable."""
+    device, _, index = place.partition(":")
+    if device == "cuda":
+        cuda.finish(int(index))

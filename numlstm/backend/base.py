@@ -206,6 +206,13 @@ class Backend:
         """`a` as a NumPy array, without a copy where it is one already."""
         return np.asarray(a)
 
+    def finish(self) -> None:
+        """Raise what went wrong on its device after the call that asked for it; results are good once this returns.
+
+        Raises:
+            RuntimeError: a kernel gave up.
+        """
+
     def room(self) -> int | None:
         """How many bytes more its memory can take; None for the host's, to which nothing has to be copied."""
         return None
@@ -250,7 +257,9 @@ class Backend:
         if prepacked is not None and serving.__name__ in KEEP_PACKED:
             options["prepacked"] = prepacked
         if remat_steps is not None:
-            serving, options = remat.Remat(serving, remat_steps), {"keep_states": keep_states}
+            # A module may have another serve its pieces.
+            serving = remat.Remat(getattr(serving, "pieces", serving), remat_steps)
+            options = {"keep_states": keep_states}
         out = serving.forward(
             cell, x, kernel, recurrent_kernel, bias, params, state, valid,
             training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection,
@@ -318,6 +327,11 @@ class Backend:
 
     def products(self, kind: str) -> str:
         """What `explain` adds about products in "bfloat16" or "int8" on this device; nothing where there is no choice."""
+        return ""
+
+    def ways(self, cell: Any, units: int, dtype: Any, directions: int = 1) -> str:
+        """What `explain` adds about the way that a cell's sequences take on this device, `directions` of them at once;
+        nothing where there is one only."""
         return ""
 
     # Products and lookups

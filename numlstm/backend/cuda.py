@@ -24,7 +24,7 @@ import numpy as np
 
 from .base import Backend, lookup, register
 
-__all__ = ["CudaBackend", "describe", "present", "simulated", "unavailable"]
+__all__ = ["CudaBackend", "describe", "finish", "present", "simulated", "unavailable"]
 
 OLDEST = {12: (6, 0), 13: (7, 5)}  # the least compute capability, by CUDA's major version
 _INSTALL = "pip install 'numlstm[cuda13]', or 'numlstm[cuda12]' for a driver of CUDA 12"
@@ -284,11 +284,38 @@ class CudaBackend(Backend):
         return np.asarray(a)
 
     def to_numpy(self, a: Any) -> np.ndarray:
-        """`a` as a NumPy array: copied from a device, as it is where it is one already."""
-        if not self._simulated and isinstance(a, self.xp.ndarray):
-            with a.device:
-                return a.get()
-        return np.asarray(a)
+        """`a` as a NumPy array: copied from a device, as it is where it is one already.
+
+        Raises:
+            RuntimeError: a kernel that ran before made no progress and gave up, so that the numbers are void.
+        """
+        if self._simulated or not isinstance(a, self.xp.ndarray):
+            self.finish()
+            return np.asarray(a)
+        with a.device:
+            found = a.get()
+            finish(a.device.id)
+        return found
+
+    def finish(self) -> None:
+        """As every backend's; it waits for the persistent kernels that run."""
+        finish(self.index)
+
+    # Ways to run a sequence
+    def ways(self, cell: Any, units: int, dtype: Any, directions: int = 1) -> str:
+        """By batch, which tier's kernels run a cell's sequences."""
+        from numlstm.kernels.cuda import sequence
+
+        with self.current():
+            return sequence.batches(cell, units, np.dtype(dtype).name, self.precision, directions)
+
+    def dispatch_table(self) -> str | None:
+        """The sizes at which persistent kernels run an LSTM here, as text; None where none can."""
+        from numlstm.kernels import cells
+        from numlstm.kernels.cuda import sequence
+
+        with self.current():
+            return sequence.dispatch_table(cells.lstm())
 
     def updates(
         self,
@@ -305,6 +332,18 @@ class CudaBackend(Backend):
                 step(gradients, options, decay)
 
         return take
+
+
+def finish(index: int = 0) -> None:
+    """Wait for the persistent kernels of a device, and raise what went wrong in them; it need not be usable.
+
+    Raises:
+        RuntimeError: a kernel made no progress and gave up, so that what came after it is void.
+
+    >>> finish()
+    """
+    if sequence := sys.modules.get("numlstm.kernels.cuda.sequence"):
+        sequence.finish(index)
 
 
 def _shapes(arguments: Any) -> Iterator[str]:
@@ -376,7 +415,7 @@ for _name in (
 _KERNELS = {  # operation: module of numlstm.kernels.cuda, why
     "sequence": (
         "sequence",
-        "tier 0: the input's product at once, then by step a product and one fused kernel a stage",
+        "the input's product at once; then all steps in one launch, or by step a product and one fused kernel a stage",
     ),
     "matmul": ("pointwise", "cuBLAS"),
     "batched_matmul": ("pointwise", "cuBLAS, all products in one call"),

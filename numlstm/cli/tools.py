@@ -156,7 +156,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show versions, backends and processor."""
-    from numlstm.backend import backends, cuda
+    from numlstm.backend import backends, cuda, get_backend
     from numlstm.kernels.cpu import cache, isa, threads
 
     with command(as_json, seed, backend) as result:
@@ -181,13 +181,15 @@ def info(
             "threads": threads.get_num_threads(),
             "kernel_cache": "off" if folder is None else str(folder),
             "backends": {
-                name: reason or (f"usable ({cuda.describe()}; tier 0)" if name == "cuda" else "usable")
+                name: reason or (f"usable ({cuda.describe()})" if name == "cuda" else "usable")
                 for name, reason in backends().items()
             },
             "packages": {name: _version(name) for name in packages},
         }
+        if result["backends"]["cuda"].startswith("usable"):
+            result["persistent_kernels"] = get_backend("cuda").dispatch_table()
         for name, value in result.items():
-            if name in ("seed", "backends", "packages"):
+            if name in ("seed", "backends", "packages", "persistent_kernels"):
                 continue
             print(f"{name.replace('_', ' '):<14}{value}" + (" (chosen now)" if name == "backend" else ""))
         print("\nBackends")
@@ -196,6 +198,14 @@ def info(
         print("\nPackages")
         for name, version in result["packages"].items():
             print(f"  {name:<12}{version or 'not installed'}")
+        if "persistent_kernels" in result:
+            table = result["persistent_kernels"]
+            print(
+                "\nPersistent kernels of an LSTM: "
+                + ("none run here" if table is None else "where tier 2 serves")
+            )
+            if table is not None:
+                print(table)
 
 
 def _version(package: str) -> str | None:

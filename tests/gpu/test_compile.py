@@ -138,7 +138,7 @@ def test_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = module.build(*asked)
     (file,) = tmp_path.iterdir()
     module.build.cache_clear()
-    monkeypatch.setattr(module, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(module, "_ptx", lambda *_: pytest.fail("compiled again"))
     assert module.build(*asked) == first
     monkeypatch.undo()
     monkeypatch.setenv("NUMLSTM_CACHE_DIR", str(tmp_path))

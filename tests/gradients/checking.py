@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import numlstm as nl
+from numlstm.backend import beside, to_numpy
 
 STEP = 1e-3  # along a direction of length 1
 
@@ -68,16 +69,17 @@ def gradients_of(
             loss = weighted(question, outputs, dtype)
         gradients = tape.gradient(loss, list(variables.values()))
     assert all(g.dtype == dtype for g in gradients), "a gradient changed its dtype"
-    found = {k: np.asarray(g, np.float64) for k, g in zip(variables, gradients, strict=True)}
+    found = {k: np.asarray(to_numpy(g), np.float64) for k, g in zip(variables, gradients, strict=True)}
     return found, [np.asarray(o.numpy(), np.float64) for o in outputs]
 
 
 def weighted(question: Question, outputs: list[nl.Tensor], dtype: str) -> nl.Tensor:
     draw = np.random.default_rng(question.seed)
-    total = nl.Tensor(np.zeros((), dtype))
+    total = nl.Tensor(beside(np.zeros((), dtype), outputs[0].data, "total"))
     for output in outputs:
         assert output.dtype == dtype, f"{question.row}: an output is {output.dtype}, not {dtype}"
-        total = total + (output * draw.standard_normal(output.shape).astype(dtype)).sum()
+        factors = beside(draw.standard_normal(output.shape).astype(dtype), output.data, "factors")
+        total = total + (output * factors).sum()
     return total
 
 

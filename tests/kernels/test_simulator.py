@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = [*sorted((HERE / "cuda").glob("test_*.py")), HERE.parent / "backend" / "test_surface.py"]
+FILES.append(HERE.parent / "gpu" / "test_on_device.py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -26,7 +27,7 @@ def test_in_the_simulator(file):
         "pytest",
         str(file),
         "-k",
-        "cuda",
+        "cuda or on_device",
         "-q",
         "-p",
         "no:cacheprovider",

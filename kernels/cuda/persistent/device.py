@@ -44,6 +44,8 @@ class Device:
         self.shared_per_block = attributes["MaxSharedMemoryPerBlockOptin"]
         self.capability = (attributes["ComputeCapabilityMajor"], attributes["ComputeCapabilityMinor"])
         self._kernel = cache(self._load)
+        # A copy on the stream that works would wait for all that was queued since.
+        self._reading = cupy.cuda.Stream(non_blocking=True)
         self._pending: deque[tuple[Any, Any, Callable[[np.ndarray], None]]] = deque()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -104,13 +106,14 @@ class Device:
         Raises:
             RuntimeError: a kernel made no progress and gave up.
         """
-        self._look(wait=True)
+        with self.xp.cuda.Device(self.index):
+            self._look(wait=True)
 
     def _look(self, *, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][0].done):
             event, errors, look = self._pending.popleft()
             event.synchronize()
-            look(self.xp.asnumpy(errors))
+            look(errors.get(stream=self._reading))
 
 
 def blas_order(a: Any, b: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int]]:

@@ -9,7 +9,7 @@ from questions import answer, ask, assert_same_bits
 from zoo import CELLS, FORMS, STAGED
 
 from numlstm.kernels import cells, reference
-from numlstm.kernels.cuda import sequence
+from numlstm.kernels.cuda import sequence, steps
 from numlstm.kernels.cuda.device import current
 from numlstm.kernels.remat import Remat
 
@@ -64,14 +64,14 @@ def test_same_question_same_bits():
 @pytest.mark.parametrize("name", ["slstm", "lstm_projected_zoneout", "gru_before_normalized", "odd"])
 def test_nothing_is_read_before_it_is_written(name, monkeypatch):
     """New memory holds what was there before; here it holds NaN."""
-    plain = sequence._Sequence.empty
+    plain = steps._Sequence.empty
 
     def filled(self, *shape, dtype=None):
         made = plain(self, *shape, dtype=dtype)
         made.fill(0xFFFF if made.dtype == np.uint16 else np.nan)
         return made
 
-    monkeypatch.setattr(sequence._Sequence, "empty", filled)
+    monkeypatch.setattr(steps._Sequence, "empty", filled)
     check(ask(ALL[name], 3, 2, 3, 5, "holes"))
 
 
