@@ -113,8 +113,9 @@ class Simulator(Device):
     """NumPy arrays, and kernels that Numba's simulator runs, a Python thread for each of CUDA's."""
 
     xp = np
-    index, capability = 0, (9, 0)
-    name = "Numba's CUDA simulator on NumPy arrays"
+    index: int = 0
+    capability: tuple[int, int] = (9, 0)
+    name: str = "Numba's CUDA simulator on NumPy arrays"
     persistent = False
     _one_at_a_time = threading.RLock()  # the simulator knows one kernel at a time
 
@@ -210,11 +211,12 @@ class Gpu(Device):
         import cupy
 
         super().__init__()
-        self.xp, self.index = cupy, index
+        self.xp: Any = cupy
+        self.index: int = index
         properties = cupy.cuda.runtime.getDeviceProperties(index)
-        self.capability = (properties["major"], properties["minor"])
+        self.capability: tuple[int, int] = (properties["major"], properties["minor"])
         name = properties["name"]
-        self.name = name.decode() if isinstance(name, bytes) else str(name)
+        self.name: str = name.decode() if isinstance(name, bytes) else str(name)
 
     def constant(self, value: float, dtype: str) -> Any:
         """As everywhere; whole before another stream can read it."""

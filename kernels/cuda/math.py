@@ -23,7 +23,7 @@ from ..rounding import bfloat16_bits, operand
 
 __all__ = ["functions"]
 
-REAL = {"float32": float32, "float64": float64}
+REAL: dict[str, Any] = {"float32": float32, "float64": float64}
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
 

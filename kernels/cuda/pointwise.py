@@ -548,8 +548,11 @@ class Updates:
     ) -> None:
         if rule not in _RULES:
             raise ValueError(f"rule: expected {', '.join(_RULES)}, got {rule!r}")
-        self.rule, self.variables = rule, [(w, tuple(slots)) for w, slots in variables]
-        self.decays = [False] * len(self.variables) if decays is None else list(decays)
+        self.rule: str = rule
+        self.variables: list[tuple[Array, tuple[Array | None, ...]]] = [
+            (w, tuple(slots)) for w, slots in variables
+        ]
+        self.decays: list[bool] = [False] * len(self.variables) if decays is None else list(decays)
         for w, slots in self.variables:
             _dtype("variables", w)
             for a in (w, *(s for s in slots if s is not None)):

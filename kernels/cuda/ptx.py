@@ -52,8 +52,13 @@ __all__ = [
     "where",
 ]
 
-I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
-f32, u32, i64 = types.float32, types.uint32, types.int64
+I1: Any = ir.IntType(1)
+I32: Any = ir.IntType(32)
+I64: Any = ir.IntType(64)
+F32: Any = ir.FloatType()
+f32: Any = types.float32
+u32: Any = types.uint32
+i64: Any = types.int64
 _LOW_LEVEL = {f32: (F32, "f"), u32: (I32, "r")}
 ABSENT = 0xFFFFFFFF  # the word that stands for "not published yet": the largest of all words
 
@@ -166,19 +171,19 @@ def _into_registers(name: str, text: str, effect: bool) -> Any:
 
 
 # Weights: nobody writes them while the kernel runs, and each is read once.
-weights4 = _into_registers("weights4", "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", False)
+weights4: Any = _into_registers("weights4", "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", False)
 # Exchange between blocks: relaxed, in L2; whether a word is there is read off the word itself.
-poll4 = _into_registers("poll4", "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [$4];", True)
-peek = _memory("peek", "ld.relaxed.gpu.global.u32 $0, [$1];", u32, 1, 0, True)
-publish1 = _memory("publish1", "st.relaxed.gpu.global.u32 [$0], $1;", u32, 0, 1, True)
-publish2 = _memory("publish2", "st.relaxed.gpu.global.v2.u32 [$0], {$1,$2};", u32, 0, 2, True)
-publish4 = _memory("publish4", "st.relaxed.gpu.global.v4.u32 [$0], {$1,$2,$3,$4};", u32, 0, 4, True)
+poll4: Any = _into_registers("poll4", "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [$4];", True)
+peek: Any = _memory("peek", "ld.relaxed.gpu.global.u32 $0, [$1];", u32, 1, 0, True)
+publish1: Any = _memory("publish1", "st.relaxed.gpu.global.u32 [$0], $1;", u32, 0, 1, True)
+publish2: Any = _memory("publish2", "st.relaxed.gpu.global.v2.u32 [$0], {$1,$2};", u32, 0, 2, True)
+publish4: Any = _memory("publish4", "st.relaxed.gpu.global.v4.u32 [$0], {$1,$2,$3,$4};", u32, 0, 4, True)
 
 # Memory that nobody writes while the kernel runs: inputs, what the forward pass saved. And results for later kernels.
-load1 = _memory("load1", "ld.global.nc.f32 $0, [$1];", f32, 1, 0, False)
-load2 = _memory("load2", "ld.global.nc.v2.f32 {$0,$1}, [$2];", f32, 2, 0, False)
-load4 = _memory("load4", "ld.global.nc.v4.f32 {$0,$1,$2,$3}, [$4];", f32, 4, 0, False)
-store2 = _memory("store2", "st.global.v2.f32 [$0], {$1,$2};", f32, 0, 2, True)
+load1: Any = _memory("load1", "ld.global.nc.f32 $0, [$1];", f32, 1, 0, False)
+load2: Any = _memory("load2", "ld.global.nc.v2.f32 {$0,$1}, [$2];", f32, 2, 0, False)
+load4: Any = _memory("load4", "ld.global.nc.v4.f32 {$0,$1,$2,$3}, [$4];", f32, 4, 0, False)
+store2: Any = _memory("store2", "st.global.v2.f32 [$0], {$1,$2};", f32, 0, 2, True)
 
 
 def _asm_part(text: str) -> Any:
@@ -240,16 +245,16 @@ def _mma(name: str, shape: str, parts: tuple[tuple[Any, Any], ...]) -> Any:
 
 # Products of a 16 x k and a k x 8 tile, k 16 or 8, held in a warp's registers; the sums are float32. A float32 product is
 # three tf32 ones, the smallest first; the product of both low parts is beyond float32's digits.
-mma_bfloat16 = _mma("mma_bfloat16", "m16n8k16.row.col.f32.bf16.bf16.f32", ((_whole, _whole),))
-mma_tf32 = _mma("mma_tf32", "m16n8k8.row.col.f32.tf32.tf32.f32", ((_whole, _whole),))
-mma_float32 = _mma(
+mma_bfloat16: Any = _mma("mma_bfloat16", "m16n8k16.row.col.f32.bf16.bf16.f32", ((_whole, _whole),))
+mma_tf32: Any = _mma("mma_tf32", "m16n8k8.row.col.f32.tf32.tf32.f32", ((_whole, _whole),))
+mma_float32: Any = _mma(
     "mma_float32", "m16n8k8.row.col.f32.tf32.tf32.f32", ((_low, _high), (_high, _low), (_high, _high))
 )
 
 # Conversions. A bfloat16 pair has its first value in the lower half, which the instruction takes last.
-pack_bf16 = _register("pack_bf16", "cvt.rn.bf16x2.f32 $0, $2, $1;", (u32,), (f32, f32))
-tf32 = _register("tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,))
-bits = _plain("bits", u32, (f32,), lambda b, x: b.bitcast(x, I32))
+pack_bf16: Any = _register("pack_bf16", "cvt.rn.bf16x2.f32 $0, $2, $1;", (u32,), (f32, f32))
+tf32: Any = _register("tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,))
+bits: Any = _plain("bits", u32, (f32,), lambda b, x: b.bitcast(x, I32))
 
 
 def _within(b: Any, index: Any, count: Any) -> Any:
@@ -262,8 +267,8 @@ def _clean(b: Any, word: Any) -> Any:
     return b.select(absent, ir.Constant(I32, 0x7FFF7FFF), word)
 
 
-clean = _plain("clean", u32, (u32,), _clean)  # a NaN that reads as ABSENT becomes another NaN
-clamp = _plain(
+clean: Any = _plain("clean", u32, (u32,), _clean)  # a NaN that reads as ABSENT becomes another NaN
+clamp: Any = _plain(
     "clamp", i64, (i64, i64), lambda b, i, n: _within(b, i, n)
 )  # an index below n: the last where it isn't
 
@@ -286,18 +291,18 @@ def _absent(registers: Any, count: Any) -> Any:
 # absent(registers, count): whether one of the first registers has the word ABSENT. Each lane asks for itself, and the
 # warp's lanes meet in mma.sync, which waits for all of them. A vote or bar.warp.sync would on 8.0 hold a call for lanes that
 # have come apart, which is never taken, but around which registers are spilled.
-absent = _function("absent", 2, _absent, (1,))
+absent: Any = _function("absent", 2, _absent, (1,))
 
 # Arithmetic: the special function unit's approximations (2 units in the last place, PTX ISA), and what keeps a NaN.
-ex2 = _register("ex2", "ex2.approx.f32 $0, $1;", (f32,), (f32,))
-lg2 = _register("lg2", "lg2.approx.f32 $0, $1;", (f32,), (f32,))
-rcp = _register("rcp", "rcp.approx.f32 $0, $1;", (f32,), (f32,))
-sqrt = _register("sqrt", "sqrt.approx.f32 $0, $1;", (f32,), (f32,))
-divide = _register("divide", "div.full.f32 $0, $1, $2;", (f32,), (f32, f32))
-fma = _register("fma", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32))
-absolute = _register("absolute", "abs.f32 $0, $1;", (f32,), (f32,))
-maximum = _register("maximum", "max.NaN.f32 $0, $1, $2;", (f32,), (f32, f32))
-minimum = _register("minimum", "min.NaN.f32 $0, $1, $2;", (f32,), (f32, f32))
+ex2: Any = _register("ex2", "ex2.approx.f32 $0, $1;", (f32,), (f32,))
+lg2: Any = _register("lg2", "lg2.approx.f32 $0, $1;", (f32,), (f32,))
+rcp: Any = _register("rcp", "rcp.approx.f32 $0, $1;", (f32,), (f32,))
+sqrt: Any = _register("sqrt", "sqrt.approx.f32 $0, $1;", (f32,), (f32,))
+divide: Any = _register("divide", "div.full.f32 $0, $1, $2;", (f32,), (f32, f32))
+fma: Any = _register("fma", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32))
+absolute: Any = _register("absolute", "abs.f32 $0, $1;", (f32,), (f32,))
+maximum: Any = _register("maximum", "max.NaN.f32 $0, $1, $2;", (f32,), (f32, f32))
+minimum: Any = _register("minimum", "min.NaN.f32 $0, $1, $2;", (f32,), (f32, f32))
 
 
 def _where(condition: Any, *_: Any) -> Any:
@@ -308,4 +313,4 @@ def _where(condition: Any, *_: Any) -> Any:
     return f32(condition, f32, f32), codegen
 
 
-where = _function("where", 3, _where)
+where: Any = _function("where", 3, _where)

@@ -67,14 +67,17 @@ class _Sequence:
     def __init__(
         self, cell: Cell, shape: tuple[int, ...], dtype: str, precision: str, training: bool
     ) -> None:
-        self.device = current()
-        self.cell, self.dtype, self.precision, self.training = cell, dtype, precision, training
+        self.device: Device = current()
+        self.cell: Cell = cell
+        self.dtype: str = dtype
+        self.precision: str = precision
+        self.training: bool = training
         self.T, self.B, self.I, self.H, self.P = shape
         self.arrays: dict[str, Any] = {}
         self.numbers: dict[str, int] = {}
-        self.rounding = rounding_of(dtype, precision, self.device)
-        self.operand_dtype = "uint16" if self.rounding == "bits" else dtype
-        self.tf32 = precision == "tf32"
+        self.rounding: str = rounding_of(dtype, precision, self.device)
+        self.operand_dtype: str = "uint16" if self.rounding == "bits" else dtype
+        self.tf32: bool = precision == "tf32"
         self.weights: dict[int, Any] = {}
         self.columns: dict[int, list[int]] = {}
 

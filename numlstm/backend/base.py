@@ -160,7 +160,7 @@ class Backend:
 
     name = "reference"
     device = "reference"
-    xp = np
+    xp: Any = np
     index = 0  # the device's number, where there can be several
 
     @property

@@ -199,12 +199,12 @@ class CudaBackend(Backend):
     def __init__(self, index: int = 0, *, strict: bool = False, precision: str = "float32") -> None:
         super().__init__(strict=strict, precision=precision)
         self.index = index
-        self.name = "cuda" if index == 0 else f"cuda:{index}"  # type: ignore[misc]
+        self.name: str = "cuda" if index == 0 else f"cuda:{index}"  # type: ignore[misc]
         if reason := unavailable(index):
             raise RuntimeError(f"the backend {self.name!r} can't be used here: {reason}")
         self._simulated = simulated()
         if self._simulated:
-            self.xp = np
+            self.xp: Any = np
         else:
             import cupy
 

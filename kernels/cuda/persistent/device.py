@@ -37,12 +37,17 @@ class Device:
         from cuda.bindings import driver
         from cupy.cuda import cublas
 
-        self.index, self.xp, self._driver, self._core, self._cublas = index, cupy, driver, cuda.core, cublas
+        self.index: int = index
+        self.xp: Any = cupy
+        self._driver, self._core, self._cublas = driver, cuda.core, cublas
         cuda.core.Device(index).set_current()
         attributes = cupy.cuda.Device(index).attributes
-        self.sms = attributes["MultiProcessorCount"]
-        self.shared_per_block = attributes["MaxSharedMemoryPerBlockOptin"]
-        self.capability = (attributes["ComputeCapabilityMajor"], attributes["ComputeCapabilityMinor"])
+        self.sms: int = attributes["MultiProcessorCount"]
+        self.shared_per_block: int = attributes["MaxSharedMemoryPerBlockOptin"]
+        self.capability: tuple[int, int] = (
+            attributes["ComputeCapabilityMajor"],
+            attributes["ComputeCapabilityMinor"],
+        )
         self._kernel = cache(self._load)
         # A copy on the stream that works would wait for all that was queued since.
         self._reading = cupy.cuda.Stream(non_blocking=True)

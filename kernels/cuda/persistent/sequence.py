@@ -65,7 +65,8 @@ class Sequences:
     """
 
     def __init__(self, device: Any, spins: int = SPINS) -> None:
-        self.device, self.spins = device, spins
+        self.device: Any = device
+        self.spins: int = spins
 
     def supports(self, cell: Cell, T: int, B: int, I: int, H: int, **options: Any) -> str | None:
         """As `plan.supports`, for this device."""
