@@ -11,6 +11,7 @@ from typing import Any
 from numlstm.backend import IN_PRECISION, Backend, cuda, lookup, use_backend
 from numlstm.layers.base import Layer
 from numlstm.layers.bidirectional import Bidirectional
+from numlstm.layers.recurrent import Recurrent
 from numlstm.quantization import is_quantized
 
 __all__ = ["explain"]
@@ -94,10 +95,9 @@ def _rows(path: str, layer: Layer, serving: Backend, directions: int) -> list[di
         products = "int8" if quantized else serving.precision if operation in IN_PRECISION else "float32"
         if products != "float32" and (how := serving.products(products)):
             found["why"] += f"; {how}"
-        if operation == "sequence" and (
-            way := serving.ways(layer.running_cell(), layer.units, layer.dtype, directions)
-        ):
-            found["why"] += f"; {way}"
+        if isinstance(layer, Recurrent) and operation == "sequence":
+            way = serving.ways(layer.running_cell(), layer.units, layer.dtype, directions)
+            found["why"] += f"; {way}" if way else ""
         if operation == "sequence" and (steps := getattr(layer, "remat_steps", None)) is not None:
             found["why"] += (
                 f"; in training the states of every {steps} steps are kept, the rest computed again"

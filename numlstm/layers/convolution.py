@@ -6,6 +6,7 @@ on every backend and in every precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from numlstm import activations, constraints, initializers, ops, regularizers
@@ -49,7 +50,7 @@ class Conv1D(Layer):
     (2, 6, 4)
     """
 
-    input_ndim = 3
+    input_ndim: int | None = 3
     input_axes = "(batch, time, features)"
     supports_masking = True
 
@@ -88,16 +89,16 @@ class Conv1D(Layer):
             )
         if self.filters % self.groups:
             raise ValueError(f"groups: expected a divisor of the {self.filters} filters, got {self.groups}")
-        self.activation = activations.get(activation)
+        self.activation: activations.Activation = activations.get(activation)
         self.use_bias: bool = bool(use_bias)
         self.ignore_mask: bool = bool(ignore_mask)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.activity_regularizer = regularizers.get(activity_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
+        self.kernel_initializer: Any = initializers.get(kernel_initializer)
+        self.bias_initializer: Any = initializers.get(bias_initializer)
+        self.kernel_regularizer: Any = regularizers.get(kernel_regularizer)
+        self.bias_regularizer: Any = regularizers.get(bias_regularizer)
+        self.activity_regularizer: Callable[[Tensor], Tensor] | None = regularizers.get(activity_regularizer)
+        self.kernel_constraint: Any = constraints.get(kernel_constraint)
+        self.bias_constraint: Any = constraints.get(bias_constraint)
 
     def build(self, input_shape: Shape) -> None:
         """kernel (kernel_size, features / groups, filters), bias (filters,)."""
