@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
+from numba import njit, types
 
 from ..derive import Cell, Stage
 from ..rounding import bfloat16_bits
@@ -27,7 +27,7 @@ from . import threads
 from .amx import begin_tiles, end_tiles
 from .bfloat16 import pairs_bytes
 from .cache import compile_address, compile_kernel
-from .isa import LANES, TILE_COLUMNS
+from .isa import LANES, ROW_COLUMNS
 from .layout import (
     PLAN_BYTES,
     Layout,
@@ -37,11 +37,12 @@ from .layout import (
     by_step,
     columns,
     field,
-    product_tiles,
+    row_bytes,
     state_gradients,
+    tile_words,
     words,
 )
-from .microkernel import plain_families, tile1
+from .microkernel import tile1
 from .parts import (
     backward_parts,
     call_dx_step,
@@ -53,7 +54,7 @@ from .parts import (
     tile_rows,
 )
 from .plan import SIGNATURE, get, share
-from .simd import VECTOR_BYTES, caller, load, load_int, load_n, store, zero_bytes
+from .simd import INNER_OPTIONS, VECTOR_BYTES, caller, load, load_int, load_n, prefetch, store, zero_bytes
 from .threads import barrier
 from .tiles import aux_rows, compile_tile, inline, store_rows
 from .workspace import address, aligned, lay_out
@@ -61,6 +62,7 @@ from .workspace import address, aligned, lay_out
 __all__ = ["forward_tile", "prepare", "prepare_back"]
 
 call_backward_tile: Any = caller(8)  # p, s, s_step, rows, t, b, v, vectors
+CACHE_LINE = 64  # bytes
 call_steps: Any = caller(4)  # p, shard, shards, met
 
 
@@ -259,6 +261,29 @@ def _forward(p, shard, shards):
     end_tiles(get(p, P.TILES))
 
 
+@njit(**INNER_OPTIONS)
+def fetch_saved(p, t, b, rows, v, vectors):
+    """Have what a backward tile will read come nearer while its product is made."""
+    r, TB = t * get(p, P.B) + b, get(p, P.T) * get(p, P.B)
+    row, extra, width = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.EXTRA_ROW), get(p, P.WIDTH) // LANES
+    for u in range(v // width, (v + vectors - 1) // width + 1):
+        values, more = get(p, P.GATES) + (u * TB + r) * row, get(p, P.EXTRA) + (u * TB + r) * extra
+        for a in range(values, values + rows * row, CACHE_LINE):
+            prefetch(a)
+        for a in range(more, more + rows * extra, CACHE_LINE):
+            prefetch(a)
+    hp4 = get(p, P.HP) * 4
+    for k in range(1 - get(p, P.READS_H), 1 + get(p, P.OTHERS)):
+        state = get(p, P.STATE_H) + r * hp4
+        if k > 0:
+            state = get(p, P.STATES) + (k - 1) * get(p, P.STATE_SLOT) + t * get(p, P.STATE_STEP) + b * hp4
+        for m in range(rows):
+            for a in range(
+                state + m * hp4 + v * VECTOR_BYTES, state + m * hp4 + (v + vectors) * VECTOR_BYTES, CACHE_LINE
+            ):
+                prefetch(a)
+
+
 def _steps_back(p, shard, shards, met):
     """All steps of the plan at p, last to first; at t = -1 only what leaves the first step is left to do. Then the
     weights' gradients. Passes T + 1 barriers where threads share the units, and two."""
@@ -271,7 +296,7 @@ def _steps_back(p, shard, shards, met):
         get(p, P.D),
         get(p, P.MASK),
     )
-    plain, zeros, ds, tile = get(p, P.PLAIN), get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.BACKWARD_TILE)
+    tiles, zeros, ds, tile = get(p, P.PANEL_TILES), get(p, P.ZEROS), get(p, P.DSTATE), get(p, P.BACKWARD_TILE)
     d_row, depth = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.H_GATES) * words(p, P.H)
     s = get(p, P.SCRATCH) + shard * get(p, P.SCRATCH_BYTES)
     b0, b1 = share(B, shard, shards)
@@ -280,23 +305,25 @@ def _steps_back(p, shard, shards, met):
     units_split = get(p, P.UNITS_SPLIT)
     if units_split != 0:
         b0, b1 = 0, B
-        v0, v1 = share_panels(v1, shard, shards)
-        x0, x1 = share_panels(x1, shard, shards)
-    most = get(p, P.TILE_ROWS)
+        v0, v1 = share_panels(v1, get(p, P.PANEL), shard, shards)
+        x0, x1 = share_panels(x1, get(p, P.PANEL), shard, shards)
+    most, panel = get(p, P.PANEL_ROWS), get(p, P.PANEL)
     real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
     for t in range(T - 1, -2, -1):
         after = d + ((t + 1) & 1) * B * d_row
-        for v in range(v0, v1, TILE_COLUMNS):
-            n = min(TILE_COLUMNS, v1 - v)
-            width = min(TILE_COLUMNS, real - v)
+        for v in range(v0, v1, panel):
+            n = min(panel, v1 - v)
+            width = min(panel, real - v)
             b = b0
             while b < b1:
                 m = tile_rows(b1 - b, most)
                 if t == T - 1 or width < n:
                     zero_bytes(s, m * n * VECTOR_BYTES)
+                if t >= 0:
+                    fetch_saved(p, t, b, m, v, n)
                 if t < T - 1 and width > 0:
                     tile1(
-                        load_int(plain + ((width - 1) * most + m - 1) * 8),
+                        load_int(tiles + ((width - 1) * most + m - 1) * 8),
                         after + b * d_row + d_row - depth * 4, d_row, 4, depth,
                         rt + v * VECTOR_BYTES * depth, width * VECTOR_BYTES, zeros, 0, s, n * VECTOR_BYTES,
                     )  # fmt: skip
@@ -361,20 +388,19 @@ def _address(steps: Callable[..., None]) -> int:
     return compile_address(steps, f"fused{steps.__name__}", "", types.void(*[types.int64] * 4))
 
 
-class Compiled(NamedTuple):
-    """What is a cell's own in a plan: the table of its product tiles and its columns in the weights."""
+class Columns(NamedTuple):
+    """A cell's columns in the weights."""
 
-    products: np.ndarray
     x_column: np.ndarray
     h_column: np.ndarray
     of_bias: np.ndarray  # for each gate fed by the input, the tile's row that is its bias
 
 
 @cache
-def _tables(cell: Cell, precision: str) -> Compiled:
+def _columns(cell: Cell) -> Columns:
     (stage,) = cell.stages
     of_x, of_h = columns(cell, stage)
-    return Compiled(product_tiles(stage, precision), of_x, of_h, np.argsort(of_x))
+    return Columns(of_x, of_h, np.argsort(of_x))
 
 
 @cache
@@ -413,6 +439,24 @@ class Arrangement(NamedTuple):
     def packed_weights(self, slab: np.ndarray) -> np.ndarray:
         """WP and RP, one behind the other."""
         return slab[self.offset[P.WP] : self.offset[P.RP] + self.size[P.RP]]
+
+
+class Shared(NamedTuple):
+    """One piece of memory that serves several purposes, one after the other."""
+
+    places: np.ndarray  # where a plan holds its address
+    floats: int
+
+    @classmethod
+    def of(cls, uses: list[tuple[P, int]]) -> Shared:
+        """For these places in the plan, of so many floats each."""
+        return cls(np.array([place for place, _ in uses], np.intp), max(floats for _, floats in uses))
+
+    def array(self, plan: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """New memory, which the plan is told of, as the array (rows, columns) that it will be in the end."""
+        memory = aligned((self.floats,))
+        plan[self.places] = address(memory)
+        return memory[: rows * columns].reshape(rows, columns)
 
 
 def _arrange(words: dict[P, int], zeroed: dict[P, int], rest: dict[P, int]) -> tuple[Arrangement, np.ndarray]:
@@ -462,12 +506,12 @@ def _arrangement(
     again = training and steps is not None
     length = min(steps, T) if again else T
     HP, slots = blocks * W, length + 1 if training else 1
-    own = _tables(cell, precision)
+    own = _columns(cell)
     weights = _weights(lay, I, H)
     zeroed = {
         P.FLAGS: shards * threads.FLAG_BYTES // 4,
         P.BP: 0 if kept else weights[P.BP],
-        P.ZEROS: TILE_COLUMNS * LANES,
+        P.ZEROS: ROW_COLUMNS * LANES,
         P.PARAMS: len(cell.params) * HP,
     }
     rest = {
@@ -494,13 +538,13 @@ def _arrangement(
         P.FED_T: B * fed_row * 4, P.FED_B: fed_row * 4, P.PIECES: 1, **lay.plan(),
         P.FED_KEPT: 1 if paired and not training else -1, P.X_ROWS: T * B,
         P.WIDTH: W, P.PRE: lay.pre, P.X_GATES: lay.x_gates,
-        P.H_GATES: lay.h_gates, P.GROUPS: len(own.products), P.OTHERS: S - 1, P.NARROW: lay.narrow(H),
+        P.H_GATES: lay.h_gates, P.OTHERS: S - 1, P.NARROW: lay.narrow(H),
         P.FORWARD_TILE: _tile(cell, _forward_tile, precision),
         P.SCRATCH_BYTES: 4 * lay.scratch(), P.X_ROW: len(cell.gates) * H, P.H_ROW: len(cell.recurrent) * H,
         P.TRAINING: int(training), P.MASK_STEPS: T, P.STATE_SLOT: slots * B * HP * 4,
         P.STATE_STEP: B * HP * 4 * training, P.START_SLOT: pieces * B * HP * 4 if again else 0,
-        **forward_parts(precision), P.STEPS: _address(_steps), P.FUSED: address(own.products),
-        P.PLAIN: address(plain_families(precision)),
+        **forward_parts(precision), P.STEPS: _address(_steps),
+        **tile_words(cell.stages[0], precision, B, H, shards if units else 1),
         P.X_COLUMN: address(own.x_column), P.H_COLUMN: address(own.h_column),
     }  # fmt: skip
     made, where = _arrange(words, zeroed, rest)
@@ -512,9 +556,9 @@ def _arrangement(
 @lru_cache(1024)
 def _arrangement_back(
     cell: Cell, T: int, B: int, I: int, H: int, need_dx: bool, length: int | None, shards: int, precision: str
-) -> tuple[Arrangement, np.ndarray, np.ndarray]:
-    """The backward pass, where its words go in the plan, and a table of no gradients of states. `length`: of the pieces
-    that are computed again."""
+) -> tuple[Arrangement, np.ndarray, np.ndarray, tuple[Shared, Shared]]:
+    """The backward pass, where its words go in the plan, a table of no gradients of states, and the memory of the weights'
+    gradients. `length`: of the pieces that are computed again."""
     lay, S, paired = Layout.of(cell.stages[0], precision), len(cell.state), precision != "float32"
     blocks = lay.blocks(H)
     HP = blocks * lay.width
@@ -528,31 +572,37 @@ def _arrangement_back(
     ):  # else they take the place of the packed weights, which have had their turn
         zeroed[P.DWP] = blocks * I * lay.x_gates * lay.width
         zeroed[P.DRP] = blocks * H * lay.h_gates * lay.width
-    rest = {P.RT: lay.h_gates * lay.words(H) * -(-H // LANES) * LANES}
+    rest: dict[P, int] = {}
     words = backward_parts(precision) | {
         P.STEPS_BACK: _address(_steps_back), P.BACKWARD_TILE: _tile(cell, _backward_tile, precision),
+        P.EXTRA_ROW: 4 * lay.extra * lay.width, P.READS_H: int(cell.state[0] in cell.stages[0].backward_args),
     }  # fmt: skip
+    # The weights' gradients are written last of all. Until then their memory serves for what only the steps read, and,
+    # where no steps follow it, for what the products over all steps pack.
+    padded = lambda n: -(-n // LANES) * LANES
+    kernel = [(P.DKERNEL, I * len(cell.gates) * H)]
+    recurrent = [(P.DRECURRENT, H * len(cell.recurrent) * H), (P.RT, lay.h_gates * lay.words(H) * padded(H))]
+    if need_dx:
+        kernel.append((P.WT, lay.x_gates * lay.words(H) * padded(I)))
     # In bfloat16 an odd H's last word holds nothing beside its unit, and must not hold NaN.
     (zeroed if paired else rest)[P.D] = (2 * B + lay.rows_read) * lay.pre * lay.words(H)
     if paired:
         words[P.PAIRS_BYTES] = pairs_bytes(lay, I, H, H)
         rest[P.PAIRS] = shards * words[P.PAIRS_BYTES] // 4
+    elif length is None and packed_rows(I, H) <= recurrent[0][1]:
+        recurrent.append((P.ROWS, packed_rows(I, H)))
     else:
         rest[P.ROWS] = packed_rows(I, H)
-    if need_dx:
-        rest[P.WT] = lay.x_gates * lay.words(H) * -(-I // LANES) * LANES
     none = np.zeros((S - 1, 3), np.int64)
-    return *_arrange(words, zeroed, rest), none
+    return *_arrange(words, zeroed, rest), none, (Shared.of(kernel), Shared.of(recurrent))
 
 
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
 _SAVING = np.array([P.TRAINING, P.STATE_STEP], np.intp)
-_STEPPED = np.array(
-    [P.T, P.B, P.I, P.HP, P.PER_WORD, P.UNIT, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp
-)
+_STEPPED = np.array([P.T, P.B, P.I, P.HP, P.X_B, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
 _MOVING = np.array([P.X, P.VALID, P.MASK, P.FED, P.STATE_H, P.DX, P.DY], np.intp)
-_WITH_CALL_BACK = np.array([P.DKERNEL, P.DRECURRENT, P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
+_WITH_CALL_BACK = np.array([P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
 
 
 def prepare(
@@ -618,9 +668,9 @@ def prepare(
         copy = own.piece(slab, P.FED, -1).view(np.uint16)[: B * row].reshape(B, row)
         copy[:, :HP] = bfloat16_bits(first)
         rounded = ((0, copy),)
-        plan[P.X_SOURCE] = address(x)
+        plan[P.X_SOURCE], plan[P.X_B] = address(x), 4 * lay.words(I)
     else:
-        plan[P.X], plan[P.FED] = address(x), address(fed)
+        plan[P.X], plan[P.X_B], plan[P.FED] = address(x), row_bytes(x), address(fed)
 
     packed = plan
     if again:
@@ -666,11 +716,11 @@ def _pieces(
         back: of a backward pass.
     """
     whole = np.frombuffer(plan, np.int64)
-    T, B, I, HP, per_word, unit, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
+    T, B, I, HP, x_row, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
     first = np.arange(0, T, length)
     bytes_a_step = np.zeros(len(P), np.int64)
     bytes_a_step[_MOVING] = (
-        4 * B * -(-I // (per_word * unit)) * unit,
+        B * x_row,
         B,
         mask_t,
         fed_t,
@@ -712,7 +762,7 @@ def prepare_back(
     """The backward pass of what `prepare` prepared."""
     cell, plan, (T, B, H, _), (I, HP) = residual.cell, residual.plan, residual.shape, residual.inner
     length, lay = residual.length, residual.lay
-    own, where, no_states = _arrangement_back(
+    own, where, no_states, (of_kernel, of_recurrent) = _arrangement_back(
         cell, T, B, I, H, need_dx, length, residual.shards, lay.precision
     )
     slab = own.slab()
@@ -725,10 +775,11 @@ def prepare_back(
     for k, d in enumerate(dfinal):
         if d is not None:
             ds[k, :, :H] = d
-    dkernel, drecurrent = aligned((I, len(cell.gates) * H)), aligned((H, len(cell.recurrent) * H))
+    dkernel = of_kernel.array(plan, I, len(cell.gates) * H)
+    drecurrent = of_recurrent.array(plan, H, len(cell.recurrent) * H)
     dx = aligned((T, B, I)) if need_dx else None
     plan[_WITH_CALL_BACK] = (
-        address(dkernel), address(drecurrent), address(dx) if need_dx else 0,
+        address(dx) if need_dx else 0,
         *((0, 0, 0) if dh is None else (address(dh), *dh.strides[:2])),
     )  # fmt: skip
     later, *others = (no_states,) if dstates is None else state_gradients(dstates, len(cell.state) - 1)
@@ -749,7 +800,7 @@ def prepare_back(
         if residual.has_bias:
             width, pre = int(plan[P.WIDTH]), int(plan[P.PRE])
             rows = own.piece(slab, P.DBP, -1, pre, width).transpose(1, 0, 2).reshape(pre, HP)
-            dbias = rows[_tables(cell, lay.precision).of_bias, :H].reshape(-1)
+            dbias = rows[_columns(cell).of_bias, :H].reshape(-1)
         dparams = own.piece(slab, P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
         # Without initial states nobody keeps their gradients; else these should not keep all memory with them.
         dstate = ds[:, :, :H].copy() if residual.has_state else ds[:, :, :H]

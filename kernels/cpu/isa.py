@@ -25,6 +25,7 @@ __all__ = [
     "FEATURES",
     "LANES",
     "REGISTERS",
+    "ROW_COLUMNS",
     "TILE_COLUMNS",
     "TILE_ROWS",
     "describe",
@@ -54,6 +55,8 @@ DOT_BF16 = LANES == 16 and "avx512bf16" in FEATURES
 # A tile of the product is TILE_ROWS x TILE_COLUMNS accumulators; beside them one row of weights and one broadcast must fit.
 TILE_COLUMNS = 4 if REGISTERS >= 32 else 2
 TILE_ROWS = (REGISTERS - TILE_COLUMNS - 1) // TILE_COLUMNS
+# A row by itself has a sum a vector, each waiting for the one before (4 cycles, two begun in each): so many keep them busy.
+ROW_COLUMNS = 8
 
 AMX_SWITCH = os.environ.get("NUMLSTM_AMX", "1")
 if AMX_SWITCH not in ("0", "1", "emulated"):

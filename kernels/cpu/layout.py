@@ -25,10 +25,11 @@ from numba import njit
 
 from ..derive import Cell, Stage
 from . import amx
-from .isa import LANES, TILE_COLUMNS
-from .microkernel import Windows, fused_family, rows_of
+from .isa import LANES, ROW_COLUMNS, TILE_COLUMNS
+from .microkernel import Windows, fused_family, plain_families, row_family, rows_of
 from .plan import get
 from .simd import INNER_OPTIONS, VECTOR_BYTES
+from .workspace import address
 
 __all__ = [
     "PLAN_BYTES",
@@ -40,7 +41,9 @@ __all__ = [
     "columns",
     "field",
     "product_tiles",
+    "row_bytes",
     "state_gradients",
+    "tile_words",
     "words",
 ]
 
@@ -62,6 +65,7 @@ class P(IntEnum):
     SCRATCH = auto()
     ZEROS = auto()
     X = auto()
+    X_B = auto()  # bytes between its rows, of which a step's follow the step before's
     KERNEL = auto()
     RECURRENT = auto()
     BIAS = auto()  # 0: none
@@ -90,9 +94,19 @@ class P(IntEnum):
     TRAINING = auto()
     GATES = auto()
     EXTRA = auto()  # saved values beyond the NP that fit over the gates
+    EXTRA_ROW = auto()  # bytes of a row of them
+    READS_H = auto()  # whether the gradient reads h of the step before
     FUSED = auto()  # the table of `product_tiles`
     GROUPS = auto()  # its rows
+    STEP_TILES = auto()  # the same two for the products of a step, and the most rows of a tile there
+    STEP_GROUPS = auto()
+    STEP_ROWS = auto()
     PLAIN = auto()
+    PANEL = (
+        auto()
+    )  # vectors of a panel of transposed weights, its tiles as PLAIN has them, and their most rows
+    PANEL_TILES = auto()
+    PANEL_ROWS = auto()
     WIDTH = auto()  # units a block
     PRE = auto()  # pre-activations a unit
     NARROW = auto()  # vectors of the last block's recurrent product with its gates side by side; 0: no fewer
@@ -236,13 +250,13 @@ class Layout:
         """Floats that a thread needs for a tile beside the gates' memory, and for a narrow one."""
         return self.tile_rows * (max(self.pre * self.width, TILE_COLUMNS * LANES) + TILE_COLUMNS * LANES)
 
-    def groups(self) -> list[tuple[int, int, Windows]]:
-        """The tile's columns in groups that fit the registers: first column, how many, windows of the two products."""
+    def groups(self, most: int = TILE_COLUMNS) -> list[tuple[int, int, Windows]]:
+        """The tile's columns in groups of up to `most`: first column, how many, windows of the two products."""
         ub, total = self.blocks_vectors, self.pre * self.blocks_vectors
         x_end, h_start = self.x_gates * ub, (self.pre - self.h_gates) * ub
         out = []
-        for first in range(0, total, TILE_COLUMNS):
-            last = min(first + TILE_COLUMNS, total)
+        for first in range(0, total, most):
+            last = min(first + most, total)
             clip = lambda c, first=first, last=last: min(max(c, first), last) - first
             out.append((first, last - first, ((0, clip(x_end)), (clip(h_start), last - first))))
         return out
@@ -254,15 +268,39 @@ def field(place: P) -> str:
 
 
 @cache
-def product_tiles(stage: Stage, precision: str = "float32") -> np.ndarray:
-    """The stage's fused tiles, a row for each group of columns: addresses for 1 to `tile_rows` rows, then the bytes of a
-    packed row before the group's columns and before its part of the recurrent weights. Plans point here."""
+def product_tiles(stage: Stage, precision: str = "float32", one_row: bool = False) -> np.ndarray:
+    """The stage's fused tiles, a row for each group of columns: addresses for 1 to `tile_rows` rows (with `one_row` only
+    for 1, of wider groups), then the bytes of a packed row before the group's columns and before its part of the recurrent
+    weights. Plans point here."""
     lay, table = Layout.of(stage), []
     apart = (lay.pre - lay.h_gates) * lay.blocks_vectors  # columns that the recurrence does not feed
-    for first, count, windows in lay.groups():
+    for first, count, windows in lay.groups(ROW_COLUMNS if one_row else TILE_COLUMNS):
         before = first * VECTOR_BYTES, max(0, first - apart) * VECTOR_BYTES
-        table.append([*fused_family(count, windows, precision), *before])
+        table.append([*fused_family(count, windows, precision, 1 if one_row else None), *before])
     return np.array(table, np.int64)
+
+
+def tile_words(stage: Stage, precision: str, B: int, K: int, shards: int) -> dict[P, int]:
+    """What a plan says of the product tiles. A row by itself has wider ones, of the same bits.
+
+    Arguments:
+        B: rows of the batch.
+        K: units of what the recurrent product reads.
+        shards: among how many threads they are divided.
+    """
+    tiles, plain = product_tiles(stage, precision), plain_families(precision)
+    of_step, panel, of_panel = tiles, TILE_COLUMNS, plain
+    of_step_rows = of_panel_rows = rows_of(precision)
+    if B == 1 and precision == "float32":
+        if len(tiles) > 1:
+            of_step, of_step_rows = product_tiles(stage, precision, one_row=True), 1
+        share = -(-K // (LANES * shards))  # of the vectors: as few panels as there can be, all of a size
+        panel, of_panel, of_panel_rows = -(-share // -(-share // ROW_COLUMNS)), row_family(), 1
+    return {
+        P.FUSED: address(tiles), P.GROUPS: len(tiles), P.PLAIN: address(plain),
+        P.STEP_TILES: address(of_step), P.STEP_GROUPS: len(of_step), P.STEP_ROWS: of_step_rows,
+        P.PANEL: panel, P.PANEL_TILES: address(of_panel), P.PANEL_ROWS: of_panel_rows,
+    }  # fmt: skip
 
 
 @njit(**INNER_OPTIONS)
@@ -311,6 +349,16 @@ def by_step(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """`a` as a float32 view of `shape` whose rows are contiguous; axes of length 1 are repeated by a stride of 0."""
     rows = np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], shape[2])), np.float32)
     return np.broadcast_to(rows, shape)
+
+
+def row_bytes(x: np.ndarray) -> int:
+    """Bytes from a row of x (T, B, I) to the next, each step's rows behind those of the step before; 0 where they do not
+    lie so, or not float after float."""
+    T, B, I = x.shape
+    step, row, each = x.strides
+    if (I > 1 and each != 4) or (T > 1 and B > 1 and step != B * row):
+        return 0
+    return max(row if B > 1 else step if T > 1 else 4 * I, 0)
 
 
 def state_gradients(dstates: tuple[Any, ...] | None, count: int) -> list[np.ndarray]:

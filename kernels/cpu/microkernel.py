@@ -24,7 +24,7 @@ from numba import types
 
 from . import amx
 from .cache import compile_kernel
-from .isa import DOT_BF16, LANES, TILE_COLUMNS, TILE_ROWS
+from .isa import DOT_BF16, LANES, ROW_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from .simd import (
     F32,
     I64,
@@ -42,7 +42,17 @@ from .simd import (
     pointer,
 )
 
-__all__ = ["TRANSPOSE", "Windows", "fused_family", "plain_families", "rows_of", "tile1", "tile2", "transpose"]
+__all__ = [
+    "TRANSPOSE",
+    "Windows",
+    "fused_family",
+    "plain_families",
+    "row_family",
+    "rows_of",
+    "tile1",
+    "tile2",
+    "transpose",
+]
 
 VERSION = 2
 TRANSPOSE = (
@@ -171,11 +181,15 @@ def rows_of(precision: str) -> int:
 
 
 def _table(
-    name: str, shapes: tuple[tuple[int, Windows], ...], precision: str, with_transpose: bool = False
+    name: str,
+    shapes: tuple[tuple[int, Windows], ...],
+    precision: str,
+    rows: int,
+    with_transpose: bool = False,
 ) -> np.ndarray:
-    """Compile the tiles of each (columns, windows) for 1 to `rows_of` rows; their addresses (int64), a row a shape, and if
+    """Compile the tiles of each (columns, windows) for 1 to `rows` rows; their addresses (int64), a row a shape, and if
     asked for that of the transposition, in one row more."""
-    rows, form = rows_of(precision), amx.form_of(precision)
+    form = amx.form_of(precision)
 
     @operation("0(i)")
     def write(b, table):
@@ -195,7 +209,7 @@ def _table(
         write(table)
 
     table = np.zeros((len(shapes) + 1, rows), np.int64)
-    text = repr((shapes, with_transpose, precision))
+    text = repr((shapes, with_transpose, precision, rows))
     kernel = compile_kernel(fill, name, text, types.void(types.int64))
     kernel(table.ctypes.data)
     _KEEP_LOADED.append(kernel)
@@ -205,9 +219,11 @@ def _table(
 _KEEP_LOADED: list[Any] = []  # the addresses in a table are good while their library is loaded
 
 
-def fused_family(columns: int, windows: Windows, precision: str = "float32") -> np.ndarray:
-    """Tiles of two products: entry m - 1 has m rows."""
-    return _fused(columns, windows, precision)
+def fused_family(
+    columns: int, windows: Windows, precision: str = "float32", rows: int | None = None
+) -> np.ndarray:
+    """Tiles of two products: entry m - 1 has m rows, up to `rows`, by default all that there are."""
+    return _fused(columns, windows, precision, rows or rows_of(precision))
 
 
 def plain_families(precision: str = "float32") -> np.ndarray:
@@ -217,14 +233,21 @@ def plain_families(precision: str = "float32") -> np.ndarray:
 
 
 @cache
-def _fused(columns: int, windows: Windows, precision: str) -> np.ndarray:
-    return _table("tiles_fused", ((columns, windows),), precision)[0]
+def row_family() -> np.ndarray:
+    """Tiles of one product and one row, in float32: entry [n - 1, 0] has n columns, up to ROW_COLUMNS."""
+    shapes = tuple((n, ((0, n),)) for n in range(1, ROW_COLUMNS + 1))
+    return _table("tiles_row", shapes, "float32", 1)
+
+
+@cache
+def _fused(columns: int, windows: Windows, precision: str, rows: int) -> np.ndarray:
+    return _table("tiles_fused", ((columns, windows),), precision, rows)[0]
 
 
 @cache
 def _plain(precision: str) -> np.ndarray:
     shapes = tuple((n, ((0, n),)) for n in range(1, TILE_COLUMNS + 1))
-    return _table("tiles_plain", shapes, precision, with_transpose=True)
+    return _table("tiles_plain", shapes, precision, rows_of(precision), with_transpose=True)
 
 
 # Calls of what stands in the tables, by address.

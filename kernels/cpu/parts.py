@@ -29,6 +29,7 @@ from .simd import (
     load_int,
     load_n,
     load_scalar,
+    prefetch,
     store,
     store_n,
     store_scalar,
@@ -50,6 +51,7 @@ __all__ = [
 call_part: Any = caller(3)  # the plan, and the caller's share of the work
 call_forward_step: Any = caller(7)
 call_dx_step: Any = caller(8)
+CACHE_LINE = 64  # bytes
 GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
 
 
@@ -65,16 +67,16 @@ def tile_rows(left: int, most: int) -> int:
 
 
 @njit(**INNER_OPTIONS)
-def group_bytes(p: int) -> int:
+def group_bytes(rows: int) -> int:
     """Bytes of a row of `product_tiles`; the last two numbers are the bytes of a packed row before the group."""
-    return 8 * (get(p, P.TILE_ROWS) + 2)
+    return 8 * (rows + 2)
 
 
 @njit(**INNER_OPTIONS)
-def share_panels(vectors: int, shard: int, shards: int) -> tuple[int, int]:
-    """A thread's share of so many vectors, in whole panels of TILE_COLUMNS."""
-    first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
-    return first * TILE_COLUMNS, min(last * TILE_COLUMNS, vectors)
+def share_panels(vectors: int, panel: int, shard: int, shards: int) -> tuple[int, int]:
+    """A thread's share of so many vectors, in whole panels."""
+    first, last = share((vectors + panel - 1) // panel, shard, shards)
+    return first * panel, min(last * panel, vectors)
 
 
 def pack(p: int, shard: int, shards: int) -> None:
@@ -114,7 +116,7 @@ def input_product(p: int, u0: int, u1: int) -> None:
     tiles, which would write past the last row."""
     TB, I, x, fused, bp = get(p, P.T) * get(p, P.B), words(p, P.I), get(p, P.X), get(p, P.FUSED), get(p, P.BP)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
-    group_row = group_bytes(p)
+    group_row, x_step = group_bytes(get(p, P.TILE_ROWS)), get(p, P.X_B)
     for u in range(u0, u1):
         gates, wp = get(p, P.GATES) + u * TB * row, get(p, P.WP) + u * I * x_row
         for r in range(0, TB, TILE_ROWS):
@@ -122,7 +124,7 @@ def input_product(p: int, u0: int, u1: int) -> None:
                 first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (min(TILE_ROWS, TB - r) - 1) * 8),
-                    x + r * I * 4, I * 4, 4, I, wp + first, x_row,
+                    x + r * x_step, x_step, 4, I, wp + first, x_row,
                     0, 0, 0, 0, 0, 0,
                     bp + u * row + first, 0, gates + r * row + first, row,
                 )  # fmt: skip
@@ -133,14 +135,19 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
 
     A last block of few units has its recurrent product in a narrow tile, spread over the gates' places afterwards.
     Pre-activations that are kept are made where they stay, unless the tile would write past its rows there."""
-    B, I, K, apart, fused = get(p, P.B), words(p, P.I), words(p, P.K), get(p, P.APART), get(p, P.FUSED)
+    B, I, K, apart, fused = get(p, P.B), words(p, P.I), words(p, P.K), get(p, P.APART), get(p, P.STEP_TILES)
     row, x_row = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.X_GATES) * get(p, P.WIDTH) * 4
-    h_row, groups, tile = get(p, P.H_GATES) * get(p, P.WIDTH) * 4, get(p, P.GROUPS), get(p, P.FORWARD_TILE)
+    h_row, groups, tile = (
+        get(p, P.H_GATES) * get(p, P.WIDTH) * 4,
+        get(p, P.STEP_GROUPS),
+        get(p, P.FORWARD_TILE),
+    )
     fed_row, in_memory, TB, depth = get(p, P.FED_B), get(p, P.TRAINING) + apart, get(p, P.T) * B, I
-    fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * B * I * 4
+    x_step = get(p, P.X_B)
+    fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * B * get(p, P.X_B)
     if apart != 0:
         depth = 0
-    most, unit, group_row = get(p, P.TILE_ROWS), get(p, P.UNIT), group_bytes(p)
+    most, unit, group_row = get(p, P.STEP_ROWS), get(p, P.UNIT), group_bytes(get(p, P.STEP_ROWS))
     narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + most * row
     h_first = (get(p, P.PRE) - get(p, P.H_GATES)) * width * 4
     for u in range(u0, u1):
@@ -155,13 +162,15 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
             s, start, start_step, moves = scratch, bias, 0, in_memory != 0 and m & (unit - 1) != 0
             if in_memory != 0 and not moves:
                 s = gates + b * row
+                for a in range(s, s + m * row, CACHE_LINE):
+                    prefetch(a)
             if apart != 0:
                 start, start_step = s, row
             for group in range(fused, fused + groups * group_row, group_row):
                 first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (m - 1) * 8),
-                    x + b * I * 4, I * 4, 4, depth, wp + first, x_row,
+                    x + b * x_step, x_step, 4, depth, wp + first, x_row,
                     fed + b * fed_row, fed_row, 4, K_here, rp + load_int(group + group_row - 8), h_row,
                     start + first, start_step, s + first, row,
                 )  # fmt: skip
@@ -185,18 +194,17 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
 
 
 def pack_back(p: int, shard: int, shards: int) -> None:
-    """The weights transposed: (rows, row) -> panels of up to TILE_COLUMNS vectors of `rows`: [panel][gates H][vectors
+    """The weights transposed: (rows, row) -> panels of up to PANEL vectors of `rows`: [panel][gates H][vectors
     LANES], padded with 0. In blocks of LANES by LANES: float by float it took a fifth of a short sequence's backward
     pass."""
-    H, by_block = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE * TILE_ROWS)
+    H, by_block, most = get(p, P.H), load_int(get(p, P.PLAIN) + TRANSPOSE * TILE_ROWS), get(p, P.PANEL)
     source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
     of_gate, out = get(p, P.H_COLUMN), get(p, P.RT)
     for _ in range(2 if get(p, P.DX) != 0 else 1):
         vectors, depth = (rows + LANES - 1) // LANES, gates * H
-        first, last = share((vectors + TILE_COLUMNS - 1) // TILE_COLUMNS, shard, shards)
-        for j in range(first, last):
-            v0 = j * TILE_COLUMNS
-            width = min(TILE_COLUMNS, vectors - v0) * LANES
+        first, last = share_panels(vectors, most, shard, shards)
+        for v0 in range(first, last, most):
+            width = min(most, vectors - v0) * LANES
             panel, here = out + v0 * LANES * depth * 4, min(width, rows - v0 * LANES)
             if here < width:
                 zero_bytes(panel, depth * width * 4)
@@ -220,14 +228,14 @@ def pack_back(p: int, shard: int, shards: int) -> None:
 def dx_step(p: int, t: int, d: int, b0: int, b1: int, x0: int, x1: int, s: int) -> None:
     """Step t's gradient of the input, rows b0 to b1 and vectors x0 to x1, of the gates' gradients at `d`."""
     B, I, depth = get(p, P.B), get(p, P.I), get(p, P.X_GATES) * words(p, P.H)
-    d_row, add, most = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD), get(p, P.TILE_ROWS)
-    for v in range(x0, x1, TILE_COLUMNS):
-        n = min(TILE_COLUMNS, x1 - v)
+    d_row, add, most = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.DX_ADD), get(p, P.PANEL_ROWS)
+    for v in range(x0, x1, get(p, P.PANEL)):
+        n = min(get(p, P.PANEL), x1 - v)
         b = b0
         while b < b1:
             m = tile_rows(b1 - b, most)
             tile1(
-                load_int(get(p, P.PLAIN) + ((n - 1) * most + m - 1) * 8),
+                load_int(get(p, P.PANEL_TILES) + ((n - 1) * most + m - 1) * 8),
                 d + b * d_row, d_row, 4, depth, get(p, P.WT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
                 get(p, P.ZEROS), 0, s, n * VECTOR_BYTES,
             )  # fmt: skip
@@ -255,7 +263,7 @@ def closing(p: int, shard: int, shards: int) -> None:
     for k in range(0, TB, GRADIENT_ROWS):
         rows = min(GRADIENT_ROWS, TB - k)
         for i in range(first, last):
-            M, step, source, m = I, I * 4, get(p, P.X), i * TILE_ROWS
+            M, step, source, m = I, get(p, P.X_B), get(p, P.X), i * TILE_ROWS
             if i >= x_tiles:
                 M, step, source, m = K, get(p, P.FED_B), get(p, P.FED), (i - x_tiles) * TILE_ROWS
             source += k * step + m * 4
@@ -274,7 +282,16 @@ def closing(p: int, shard: int, shards: int) -> None:
                     for q in range(panel + c, panel + c + rows * row, row):
                         total = total + load(q)
                     store(a, total)
+            next_panel = (
+                panel + TB * row
+            )  # comes nearer while this one is worked through, a share at each turn
+            if u == blocks - 1:
+                next_panel = gates + (k + GRADIENT_ROWS) * row
+            a_turn = rows * row // (last - first + 1) // CACHE_LINE * CACHE_LINE + CACHE_LINE
             for i in range(first, last):
+                for a in range(next_panel, next_panel + a_turn, CACHE_LINE):
+                    prefetch(a)
+                next_panel += a_turn
                 m, M, out_row, out, start = i * TILE_ROWS, I, x_row, get(p, P.DWP), panel
                 if i >= x_tiles:
                     m, M, out_row, out = (i - x_tiles) * TILE_ROWS, K, h_row, get(p, P.DRP)

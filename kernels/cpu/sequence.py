@@ -16,9 +16,9 @@ from ..derive import Cell
 from ..sequence import Forward, Gradients, Prepacked, check_backward, check_forward, check_precision
 from . import amx, fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import Layout, Prepared, Residual
+from .layout import Layout, Prepared, Residual, row_bytes
 from .microkernel import rows_of
-from .workspace import address
+from .workspace import address, aligned
 
 __all__ = ["backward", "backward_all", "explain", "forward", "forward_all", "prepare_step"]
 
@@ -90,7 +90,14 @@ _FLOAT32 = np.dtype(np.float32)
 def _float32(a: Any) -> np.ndarray:
     if type(a) is np.ndarray and a.dtype is _FLOAT32 and a.flags.c_contiguous:
         return a
-    return np.ascontiguousarray(a, np.float32)
+    a = np.asarray(a)
+    if a.dtype == _FLOAT32 and a.flags.c_contiguous:
+        return a
+    copy = aligned(
+        a.shape
+    )  # x by time comes from a batch by row: memory that is used again spares its page faults
+    copy[...] = a
+    return copy
 
 
 def forward(
@@ -176,7 +183,12 @@ def _prepare(
     precision = amx.precision_of(precision, B)
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
     apart = T > 1 and not amx.tiled(precision) and _apart(shards, units, B, I)
-    arrays = [_float32(a) for a in (x, kernel, recurrent_kernel)]
+    in_place = (
+        len(cell.stages) == 1 and precision == "float32"
+    )  # rows of x are read where they lie, if in their order
+    if not (in_place and x.dtype == _FLOAT32 and row_bytes(x)):
+        x = _float32(x)
+    arrays = x, _float32(kernel), _float32(recurrent_kernel)
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
     valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
     arguments = (

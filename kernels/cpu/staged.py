@@ -33,7 +33,7 @@ from .amx import begin_tiles, end_tiles
 from .bfloat16 import pairs_bytes
 from .blueprint import Blueprint, Relative, Word
 from .cache import compile_kernel
-from .isa import LANES, TILE_COLUMNS
+from .isa import LANES, ROW_COLUMNS
 from .layout import (
     PLAN_BYTES,
     Layout,
@@ -43,11 +43,11 @@ from .layout import (
     by_step,
     columns,
     field,
-    product_tiles,
+    tile_words,
     words,
 )
 from .math import sqrt
-from .microkernel import plain_families, tile1
+from .microkernel import tile1
 from .parts import (
     backward_parts,
     call_dx_step,
@@ -390,15 +390,15 @@ def source_step(p: int, t: int, b0: int, b1: int, v0: int, v1: int, s: int) -> N
     units, depth, zeros = get(p, P.K), get(p, P.H_GATES) * words(p, P.H), get(p, P.ZEROS)
     d_row, mask, mask_row = get(p, P.PRE) * words(p, P.H) * 4, get(p, P.D_MASK), get(p, P.MASK_B)
     row, into = get(p, P.D_SOURCE_B), get(p, P.D_SOURCE) + (t & 1) * get(p, P.D_SOURCE_T)
-    d, masked, most = get(p, P.D) + d_row - depth * 4, mask != 0, get(p, P.TILE_ROWS)
+    d, masked, most = get(p, P.D) + d_row - depth * 4, mask != 0, get(p, P.PANEL_ROWS)
     mask += t * get(p, P.MASK_T)
-    for v in range(v0, v1, TILE_COLUMNS):
-        n = min(TILE_COLUMNS, v1 - v)
+    for v in range(v0, v1, get(p, P.PANEL)):
+        n = min(get(p, P.PANEL), v1 - v)
         b = b0
         while b < b1:
             m = tile_rows(b1 - b, most)
             tile1(
-                load_int(get(p, P.PLAIN) + ((n - 1) * most + m - 1) * 8),
+                load_int(get(p, P.PANEL_TILES) + ((n - 1) * most + m - 1) * 8),
                 d + b * d_row, d_row, 4, depth, get(p, P.RT) + v * VECTOR_BYTES * depth, n * VECTOR_BYTES,
                 zeros, 0, s, n * VECTOR_BYTES,
             )  # fmt: skip
@@ -470,8 +470,8 @@ def _backward(p, shard, shards):
                 v0, v1 = 0, (get(stage, P.K) + LANES - 1) // LANES
                 x0, x1 = 0, (get(stage, P.I) + LANES - 1) // LANES
                 if units_split:
-                    v0, v1 = share_panels(v1, shard, shards)
-                    x0, x1 = share_panels(x1, shard, shards)
+                    v0, v1 = share_panels(v1, get(stage, P.PANEL), shard, shards)
+                    x0, x1 = share_panels(x1, get(stage, P.PANEL), shard, shards)
                 if get(stage, P.H_GATES) != 0:
                     source_step(stage, t, b0, b1, v0, v1, s)
                 if get(stage, P.DX) != 0:
@@ -641,7 +641,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
     T, B, I, H, Q = shape[:5]
     vectors, tables = _Vectors(cell, shape), _Tables(len(cell.stages))
     zeroed = {
-        "flags": shape.shards * threads.FLAG_BYTES // 4, "zeros": TILE_COLUMNS * LANES,
+        "flags": shape.shards * threads.FLAG_BYTES // 4, "zeros": ROW_COLUMNS * LANES,
         "params": len(cell.params) * row_units(H),
     }  # fmt: skip
     lay = vectors.layout
@@ -660,7 +660,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
     ]
     common: dict[P, Word] = {
         P.T: T, P.B: B, P.UNITS_SPLIT: int(shape.units), P.TRAINING: int(shape.training), P.PARAMS: Relative("params"),
-        P.PARAM_B: 4 * row_units(H), P.PLAIN: plain_families(shape.precision).ctypes.data, P.VALID: Relative("valid"),
+        P.PARAM_B: 4 * row_units(H), P.VALID: Relative("valid"),
         P.AUX: tables.add("aux", aux), P.FLAGS: Relative("flags"), P.SCRATCH: Relative("scratch"),
         P.ZEROS: Relative("zeros"), P.X: Relative("x rounded" if vectors.paired else "x"),
         P.KERNEL: Relative("kernel"), P.X_ROW: len(cell.gates) * H,
@@ -673,7 +673,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
     x_rows = T * B  # the first stage that reads x rounds it
     forward_tiles = _tiles(cell, _forward_tile, shape.precision)
     for k, stage in enumerate(cell.stages):
-        lay, products = Layout.of(stage, shape.precision), product_tiles(stage, shape.precision)
+        lay = Layout.of(stage, shape.precision)
         made, features, depth = (
             (Q if stage.projects else H),
             (I if stage.x_gates else 0),
@@ -711,7 +711,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         fed = vectors.fed(stage.source)
         x_column, h_column = columns(cell, stage)
         tables.plan(k, common | {
-            P.I: features, P.H: made, P.K: depth, P.HP: blocks * lay.width, P.BLOCKS: blocks, P.APART: int(apart),
+            P.I: features, P.X_B: 4 * lay.words(features), P.H: made, P.K: depth, P.HP: blocks * lay.width,
+            P.BLOCKS: blocks, P.APART: int(apart),
             P.BP: Relative(f"bp {k}"), P.WP: Relative(f"wp {k}"), P.RP: Relative(f"rp {k}"),
             P.GATES: Relative(f"gates {k}"), P.EXTRA: Relative(f"extra {k}"),
             P.RECURRENT: Relative("projection" if stage.projects else "recurrent"),
@@ -719,7 +720,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.X_COLUMN: tables.add(f"x column {k}", x_column.tolist()),
             P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
-            P.FUSED: products.ctypes.data, P.GROUPS: len(products), P.WIDTH: lay.width, P.PRE: lay.pre,
+            **tile_words(stage, shape.precision, B, depth, shape.shards if shape.units else 1),
+            P.WIDTH: lay.width, P.PRE: lay.pre,
             P.NARROW: lay.narrow(made), P.X_ROWS: x_rows if stage.x_gates else 0,
             P.FORWARD_TILE: forward_tiles[k], P.NORM_COUNT: len(norms), P.VECTORS: tables.add(f"vectors {k}", table),
             P.NORMS: tables.add(f"norms {k}", norms), P.FED: fed[0], P.FED_T: fed[1], P.FED_B: fed[2],

@@ -2,8 +2,8 @@
 
 A training step wants the same tens of megabytes as the step before. From the system they come as fresh pages, each costing
 a page fault (measured here: up to three times a small layer's whole inference), so an array's memory comes back to a free
-list when the last view of it is gone, and the next array of its size takes it. 64-byte alignment: NumPy promises 16, and a
-vector load that straddles two cache lines costs two.
+list when the last view of it is gone, and the next array of about its size takes it. 64-byte alignment: NumPy promises 16,
+and a vector load that straddles two cache lines costs two.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _take_back() -> None:
         try:
             raw = _lent.pop(
                 _ended.pop(0)
-            )  # the last to end is the first to be used again: its memory is warm
+            )  # in their order: the last to end is the first to be used again, still warm
         except IndexError:
             return
         size = len(raw[0])
@@ -94,6 +94,27 @@ def _size_class(n: int) -> int:
     """n rounded up to a sixteenth of its power of two: unequal lengths share blocks."""
     step = 1 << max(12, n.bit_length() - 4)
     return -(-n // step) * step + ALIGNMENT
+
+
+def _from_system(size: int) -> Raw:
+    memory = np.empty(size, np.uint8)
+    start = address(memory)
+    return memory, start + -start % ALIGNMENT
+
+
+def _larger(size: int) -> Raw | None:
+    """The smallest free block of more than `size` bytes, but of no more than twice as many: whoever keeps a small array
+    should not keep much more memory with it."""
+    global _kept
+    for other in sorted(_free):
+        if size < other <= 2 * size:
+            try:
+                raw = _free[other].pop()
+            except IndexError:
+                continue
+            _kept -= other
+            return raw
+    return None
 
 
 def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
@@ -114,9 +135,7 @@ def aligned(shape: tuple[int, ...], *, zero: bool = False) -> np.ndarray:
             raw = _free[size].pop()
             _kept -= size
         except (KeyError, IndexError):
-            memory = np.empty(size, np.uint8)
-            start = address(memory)
-            raw = memory, start + -start % ALIGNMENT
+            raw = _larger(size) or _from_system(size)
         block = _Block(raw, shape)
         _lent[_refer(block, _end)] = raw
         array = np.asarray(block)

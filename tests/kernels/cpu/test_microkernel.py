@@ -9,8 +9,15 @@ import pytest
 from numba import njit
 
 from numlstm.kernels.cpu import microkernel, sequence
-from numlstm.kernels.cpu.isa import LANES, TILE_COLUMNS, TILE_ROWS
-from numlstm.kernels.cpu.microkernel import fused_family, plain_families, tile1, tile2, transpose
+from numlstm.kernels.cpu.isa import LANES, ROW_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from numlstm.kernels.cpu.microkernel import (
+    fused_family,
+    plain_families,
+    row_family,
+    tile1,
+    tile2,
+    transpose,
+)
 from numlstm.kernels.cpu.simd import JIT_OPTIONS
 
 DEPTHS = (0, 1, 2, 37)
@@ -116,6 +123,16 @@ def test_a_row_has_the_same_bits_in_every_tile() -> None:
             zero.ctypes.data, 0, c.ctypes.data, n * LANES * 4,
         )  # fmt: skip
         rows.append(c[0, :LANES])
+    wide = rng.standard_normal((50, ROW_COLUMNS * LANES)).astype("f")
+    wide[:, : b.shape[1]] = b
+    for n in range(1, ROW_COLUMNS + 1):  # a batch of one row has tiles of its own
+        c, zero = np.empty((1, n * LANES), "f"), np.zeros(n * LANES, "f")
+        call1(
+            row_family()[n - 1, 0], a.ctypes.data, *a.strides, 50, wide.ctypes.data, wide.strides[0],
+            zero.ctypes.data, 0, c.ctypes.data, n * LANES * 4,
+        )  # fmt: skip
+        rows.append(c[0, :LANES])
+        assert np.allclose(c[0], a[0] @ wide[:, : n * LANES], atol=1e-4)
     assert all(np.array_equal(r, rows[0]) for r in rows)
 
 

@@ -157,6 +157,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
     "batch-major": lambda a: np.ascontiguousarray(a.swapaxes(0, 1)).swapaxes(0, 1) if a.ndim > 1 else a,
     "misaligned": misaligned,
+    "rows further apart": lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, 5)])[..., :-5],
     "read-only": locked,
 }
 

@@ -84,6 +84,18 @@ def test_sizes_near_each_other_share_memory() -> None:
     assert address(b) == where
 
 
+def test_a_larger_block_serves_if_it_is_not_much_larger() -> None:
+    small, large, huge = (aligned((n,)) for n in (100_000, 150_000, 250_000))
+    where = {address(a): a.size for a in (small, large, huge)}
+    kept = small
+    del small, large, huge
+    first, second = aligned((100_000,)), aligned((100_000,))
+    assert where.get(address(first)) == 150_000  # the least that will do
+    assert address(second) not in where  # more than twice as much is left alone
+    assert where[address(aligned((240_000,)))] == 250_000
+    assert address(kept) not in (address(first), address(second))
+
+
 def test_no_two_living_arrays_overlap() -> None:
     draw, alive = np.random.default_rng(0), []
     for _ in range(300):
