@@ -37,8 +37,8 @@ from .layout import (
     by_step,
     columns,
     field,
-    row_bytes,
     state_gradients,
+    steps_and_rows,
     tile_words,
     words,
 )
@@ -600,7 +600,7 @@ def _arrangement_back(
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
 _SAVING = np.array([P.TRAINING, P.STATE_STEP], np.intp)
-_STEPPED = np.array([P.T, P.B, P.I, P.HP, P.X_B, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
+_STEPPED = np.array([P.T, P.B, P.I, P.HP, P.X_T, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
 _MOVING = np.array([P.X, P.VALID, P.MASK, P.FED, P.STATE_H, P.DX, P.DY], np.intp)
 _WITH_CALL_BACK = np.array([P.DX, P.DY, P.DY_T, P.DY_B], np.intp)
 
@@ -668,9 +668,11 @@ def prepare(
         copy = own.piece(slab, P.FED, -1).view(np.uint16)[: B * row].reshape(B, row)
         copy[:, :HP] = bfloat16_bits(first)
         rounded = ((0, copy),)
-        plan[P.X_SOURCE], plan[P.X_B] = address(x), 4 * lay.words(I)
+        plan[P.X_SOURCE] = address(x)
+        plan[P.X_T], plan[P.X_B] = 4 * B * lay.words(I), 4 * lay.words(I)
     else:
-        plan[P.X], plan[P.X_B], plan[P.FED] = address(x), row_bytes(x), address(fed)
+        plan[P.X], plan[P.FED] = address(x), address(fed)
+        plan[P.X_T], plan[P.X_B] = steps_and_rows(x, regular=apart)  # type: ignore[misc]  # _prepare has seen to it
 
     packed = plan
     if again:
@@ -716,11 +718,11 @@ def _pieces(
         back: of a backward pass.
     """
     whole = np.frombuffer(plan, np.int64)
-    T, B, I, HP, x_row, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
+    T, B, I, HP, x_step, mask_t, fed_t, dy_t, slot = whole[_STEPPED].tolist()
     first = np.arange(0, T, length)
     bytes_a_step = np.zeros(len(P), np.int64)
     bytes_a_step[_MOVING] = (
-        B * x_row,
+        x_step,
         B,
         mask_t,
         fed_t,

@@ -41,11 +41,14 @@ __all__ = [
     "columns",
     "field",
     "product_tiles",
-    "row_bytes",
     "state_gradients",
+    "steps_and_rows",
     "tile_words",
     "words",
 ]
+
+
+ALIASED = 1 << 14  # bytes: an eighth of what a way of the second-level caches of today holds
 
 
 class P(IntEnum):
@@ -65,7 +68,8 @@ class P(IntEnum):
     SCRATCH = auto()
     ZEROS = auto()
     X = auto()
-    X_B = auto()  # bytes between its rows, of which a step's follow the step before's
+    X_T = auto()  # bytes between its steps, between its rows
+    X_B = auto()
     KERNEL = auto()
     RECURRENT = auto()
     BIAS = auto()  # 0: none
@@ -351,14 +355,22 @@ def by_step(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return np.broadcast_to(rows, shape)
 
 
-def row_bytes(x: np.ndarray) -> int:
-    """Bytes from a row of x (T, B, I) to the next, each step's rows behind those of the step before; 0 where they do not
-    lie so, or not float after float."""
+def steps_and_rows(x: np.ndarray, regular: bool) -> tuple[int, int] | None:
+    """Bytes from a step of x (T, B, I) to the next and from a row to the next, where kernels can read it as it lies:
+    float32, number after number. None where a copy is better, which is also where rows lie so far apart that many of them
+    would fall into the same few places of a cache.
+
+    `regular`: whether a step's rows must come behind those of the step before.
+    """
     T, B, I = x.shape
     step, row, each = x.strides
-    if (I > 1 and each != 4) or (T > 1 and B > 1 and step != B * row):
-        return 0
-    return max(row if B > 1 else step if T > 1 else 4 * I, 0)
+    if B == 1:
+        row = step if T > 1 else 4 * I
+    if T == 1:
+        step = B * row
+    if x.dtype != np.float32 or (I > 1 and each != 4) or (B > 1 and row % ALIASED == 0):
+        return None
+    return None if regular and step != B * row else (step, row)
 
 
 def state_gradients(dstates: tuple[Any, ...] | None, count: int) -> list[np.ndarray]:

@@ -144,7 +144,7 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
     )
     fed_row, in_memory, TB, depth = get(p, P.FED_B), get(p, P.TRAINING) + apart, get(p, P.T) * B, I
     x_step = get(p, P.X_B)
-    fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * B * get(p, P.X_B)
+    fed, x = get(p, P.FED) + (t & get(p, P.FED_KEPT)) * get(p, P.FED_T), get(p, P.X) + t * get(p, P.X_T)
     if apart != 0:
         depth = 0
     most, unit, group_row = get(p, P.STEP_ROWS), get(p, P.UNIT), group_bytes(get(p, P.STEP_ROWS))
@@ -254,7 +254,8 @@ def closing(p: int, shard: int, shards: int) -> None:
 
     Threads share the tiles of dW and dR, by rows of the weights. Blocks of time and batch are outermost: their rows of x and
     h are packed, for a column of a wide matrix lies in few sets of the cache, and serve all gates."""
-    TB, I, K, blocks = get(p, P.T) * get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
+    B, I, K, blocks = get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
+    TB = get(p, P.T) * B
     gates, plain, width, pre = get(p, P.GATES), get(p, P.PLAIN), get(p, P.WIDTH) * 4, get(p, P.PRE)
     row, x_row, h_row = pre * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
     x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (K + TILE_ROWS - 1) // TILE_ROWS
@@ -263,16 +264,21 @@ def closing(p: int, shard: int, shards: int) -> None:
     for k in range(0, TB, GRADIENT_ROWS):
         rows = min(GRADIENT_ROWS, TB - k)
         for i in range(first, last):
-            M, step, source, m = I, get(p, P.X_B), get(p, P.X), i * TILE_ROWS
+            M, step, row_step, source, m = I, get(p, P.X_T), get(p, P.X_B), get(p, P.X), i * TILE_ROWS
             if i >= x_tiles:
-                M, step, source, m = K, get(p, P.FED_B), get(p, P.FED), (i - x_tiles) * TILE_ROWS
-            source += k * step + m * 4
+                M, step, row_step, source = K, get(p, P.FED_T), get(p, P.FED_B), get(p, P.FED)
+                m = (i - x_tiles) * TILE_ROWS
+            b = k % B
+            source += k // B * step + b * row_step + m * 4
             out = packed + (i - first) * GRADIENT_ROWS * TILE_ROWS * 4
             for _ in range(rows):
                 for q in range(0, TILE_ROWS, LANES):
                     store_n(out + q * 4, load_n(source + q * 4, M - m - q), TILE_ROWS - q)
                 out += TILE_ROWS * 4
-                source += step
+                source += row_step
+                b += 1
+                if b == B:
+                    b, source = 0, source + step - B * row_step
         for u in range(blocks):
             panel = gates + (u * TB + k) * row
             if shard == 0:

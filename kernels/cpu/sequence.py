@@ -16,7 +16,7 @@ from ..derive import Cell
 from ..sequence import Forward, Gradients, Prepacked, check_backward, check_forward, check_precision
 from . import amx, fused, staged, threads
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import Layout, Prepared, Residual, row_bytes
+from .layout import Layout, Prepared, Residual, steps_and_rows
 from .microkernel import rows_of
 from .workspace import address, aligned
 
@@ -183,10 +183,8 @@ def _prepare(
     precision = amx.precision_of(precision, B)
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
     apart = T > 1 and not amx.tiled(precision) and _apart(shards, units, B, I)
-    in_place = (
-        len(cell.stages) == 1 and precision == "float32"
-    )  # rows of x are read where they lie, if in their order
-    if not (in_place and x.dtype == _FLOAT32 and row_bytes(x)):
+    one_stage = len(cell.stages) == 1
+    if not one_stage or precision != "float32" or steps_and_rows(x, regular=apart) is None:
         x = _float32(x)
     arrays = x, _float32(kernel), _float32(recurrent_kernel)
     bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
@@ -195,7 +193,7 @@ def _prepare(
         cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
         shards, units, apart, at_once, steps, precision,
     )  # fmt: skip
-    if len(cell.stages) > 1:  # they pack anew in each call
+    if not one_stage:  # they pack anew in each call
         return staged.prepare(*arguments)
     return fused.prepare(*arguments, prepacked)
 

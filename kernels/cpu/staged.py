@@ -711,7 +711,8 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
         fed = vectors.fed(stage.source)
         x_column, h_column = columns(cell, stage)
         tables.plan(k, common | {
-            P.I: features, P.X_B: 4 * lay.words(features), P.H: made, P.K: depth, P.HP: blocks * lay.width,
+            P.I: features, P.X_T: 4 * B * lay.words(features), P.X_B: 4 * lay.words(features),
+            P.H: made, P.K: depth, P.HP: blocks * lay.width,
             P.BLOCKS: blocks, P.APART: int(apart),
             P.BP: Relative(f"bp {k}"), P.WP: Relative(f"wp {k}"), P.RP: Relative(f"rp {k}"),
             P.GATES: Relative(f"gates {k}"), P.EXTRA: Relative(f"extra {k}"),
