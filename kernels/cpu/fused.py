@@ -311,7 +311,10 @@ def _steps_back(p, shard, shards, met):
     real = (H + LANES - 1) // LANES  # vectors that hold a unit; a block's other vectors are padding
     for t in range(T - 1, -2, -1):
         after = d + ((t + 1) & 1) * B * d_row
-        for v in range(v0, v1, panel):
+        for k in range(v0, v1, panel):
+            v = (
+                k if t & 1 == 0 else v0 + (v1 - v0 - 1) // panel * panel - (k - v0)
+            )  # back and forth, as in forward_step
             n = min(panel, v1 - v)
             width = min(panel, real - v)
             b = b0

@@ -148,11 +148,11 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
     if apart != 0:
         depth = 0
     most, unit, group_row = get(p, P.STEP_ROWS), get(p, P.UNIT), group_bytes(get(p, P.STEP_ROWS))
-    narrow, width, units, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), 0, scratch + most * row
+    narrow, width, narrow_tile = get(p, P.NARROW), get(p, P.WIDTH), scratch + most * row
     h_first = (get(p, P.PRE) - get(p, P.H_GATES)) * width * 4
-    for u in range(u0, u1):
-        if narrow != 0 and u == get(p, P.BLOCKS) - 1:
-            units = get(p, P.H) - u * width
+    for k in range(u0, u1):
+        u = k if t & 1 == 0 else u0 + u1 - 1 - k  # back and forth: what the last step used last is still near
+        units = get(p, P.H) - u * width if narrow != 0 and u == get(p, P.BLOCKS) - 1 else 0
         K_here = 0 if units != 0 else K
         wp, rp = get(p, P.WP) + u * I * x_row, get(p, P.RP) + u * K * h_row
         bias, gates = get(p, P.BP) + u * row, get(p, P.GATES) + (u * TB + t * B) * row
