@@ -378,7 +378,7 @@ class Variable(Tensor):
     def _replace(self, array: Array) -> None:
         """Own a copy of another array."""
         self._own(array.copy(order="C"))
-        self._count_change()
+        self.count_change()
 
     def _own(self, array: Array) -> None:
         global _arrangement, _abroad
@@ -398,7 +398,8 @@ class Variable(Tensor):
         if place_of(self._owned) != (None if backend.xp is np else backend.place):
             self._own(moved(to_numpy(self._owned), backend, self.name))
 
-    def _count_change(self) -> None:
+    def count_change(self) -> None:
+        """The array has been written in place, or is about to be."""
         global _latest_change
         self.version = _latest_change = next(_changes)
 
@@ -409,12 +410,12 @@ class Variable(Tensor):
 
     def writable(self) -> Array:
         """The array, to be written in place at once; counts as a change."""
-        self._count_change()
+        self.count_change()
         return self._owned
 
     def prepacked(self, *others: Variable) -> Prepacked:
         """What kernels have kept of this variable and `others` together; empty when one of them has changed."""
-        state = (self.version, *((id(v), v.version) for v in others))
+        state = [self.version, *[(id(v), v.version) for v in others]]
         known = getattr(self, "_prepacked", None)
         if known is None or known[0] != state:
             known = self._prepacked = (state, Prepacked())
@@ -696,11 +697,12 @@ class GradientTape:
                 raise ValueError(
                     f"loss: shape {loss.shape} came, expected one value: take its mean, or give a gradient"
                 )
-            return (
-                np.ones(loss.data.shape, loss.data.dtype)
-                if type(loss.data) is np.ndarray
-                else np.ones_like(loss.data)
-            )
+            data = loss.data
+            if type(data) is not np.ndarray:
+                return np.ones_like(data)
+            seed = np.empty(data.shape, data.dtype)
+            seed.fill(1)
+            return seed
         seed = beside(_as_array(output_gradient, loss.dtype), loss.data, "output_gradient")
         if seed.shape != loss.shape:
             raise ValueError(f"output_gradient: shape {seed.shape} came, expected the loss's {loss.shape}")
@@ -782,7 +784,7 @@ def _own(gradients: list[Array], sources: list[Tensor], seed: Array) -> list[Arr
         if type(g) is RowGradient:
             result.append(g)
             continue
-        if not isinstance(g, type(data)) or g.dtype != data.dtype:
+        if type(g) is not type(data) or g.dtype != data.dtype:
             g = beside(g, data, "gradient", data.dtype)
         others = neighbours.setdefault(_owner(g), [])
         writable = g.flags.writeable if type(g) is np.ndarray else _writable(g)

@@ -1019,8 +1019,12 @@ def recurrent(
     Raises:
         ValueError: shapes that do not fit; int8 weights where a tape follows an input.
     """
-    (result,) = _run_sequences([_Sequence(**locals())])
-    return result
+    return _run_sequence(
+        _Sequence(
+            cell, x, kernel, recurrent_kernel, bias, params, state, mask, reverse, training, aux, recurrent_mask,
+            projection, remat_steps,
+        )
+    )  # fmt: skip
 
 
 def recurrent_pair(first: dict[str, Any], second: dict[str, Any]) -> tuple[Sequences, Sequences]:
@@ -1034,7 +1038,7 @@ def recurrent_pair(first: dict[str, Any], second: dict[str, Any]) -> tuple[Seque
     Raises:
         ValueError: shapes that do not fit.
     """
-    a, b = _run_sequences([_Sequence(**first), _Sequence(**second)])
+    a, b = _run_together([_Sequence(**first), _Sequence(**second)])
     return a, b
 
 
@@ -1126,13 +1130,14 @@ class _Sequence:
         valid = None if mask is None else _boolean(mask, x.data, "mask")
         _check_recurrent(cell, x, kernel, recurrent_kernel, bias, params, state, valid, projection)  # type: ignore[arg-type]
 
-        self.inputs = inputs
+        self.backend, self.inputs = backend, inputs
         self.has_bias, self.has_state, self.projects = (
             bias is not None,
             state is not None,
             projection is not None,
         )
-        self.recorded, self.need_dx = needs_gradient(*inputs), needs_gradient(x)
+        self.recorded = needs_gradient(*inputs)
+        self.need_dx = self.recorded and needs_gradient(x)
         self.direction, self.finals = -1 if reverse else 1, len(cell.state)
         steps = x.data.swapaxes(0, 1)
         if valid is not None:
@@ -1145,11 +1150,11 @@ class _Sequence:
             "kernel": kernel.data,
             "recurrent_kernel": recurrent_kernel.data,
             "bias": None if bias is None else bias.data,
-            "params": tuple([p.data for p in params]),  # type: ignore[union-attr]
+            "params": tuple([p.data for p in params]) if params else (),  # type: ignore[union-attr]
             "state": None if state is None else tuple([s.data for s in state]),
             "valid": valid,
             "training": self.recorded or bool(training) or self.watcher is not None,
-            "aux": tuple([_constant(a, dtype, x.data, "aux").swapaxes(0, 1) for a in aux]),
+            "aux": tuple([_constant(a, dtype, x.data, "aux").swapaxes(0, 1) for a in aux]) if aux else (),
             "recurrent_mask": (
                 None
                 if recurrent_mask is None
@@ -1169,7 +1174,7 @@ class _Sequence:
             }
         elif not self.arguments["training"]:
             others = (recurrent_kernel,) if bias is None else (recurrent_kernel, bias)
-            if all(isinstance(v, Variable) for v in (kernel, *others)):
+            if all([isinstance(v, Variable) for v in (kernel, *others)]):
                 self.arguments["prepacked"] = kernel.prepacked(*others)  # type: ignore[attr-defined]
 
     def keep(self, out: Any) -> list[Array]:
@@ -1237,11 +1242,9 @@ def _refuse_gradient(*inputs: Tensor) -> None:
         )
 
 
-def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:
-    """Run one sequence, or a pair of them, as one operation: one call of the backend each way."""
-    backend = get_backend(like=sequences[0].kernel.data)
-    if len(sequences) == 1:
-        return [_run_sequence(backend, sequences[0])]
+def _run_together(sequences: list[_Sequence]) -> list[Sequences]:
+    """Run several sequences as one operation: one call of the backend each way."""
+    backend = sequences[0].backend
     outs = backend.sequence_forward_pair([s.arguments for s in sequences])
     results = [s.keep(out) for s, out in zip(sequences, outs, strict=True)]
     stops = np.cumsum([len(r) for r in results]).tolist()
@@ -1271,8 +1274,9 @@ def _run_sequences(sequences: list[_Sequence]) -> list[Sequences]:
     return [_given(s, outputs[place]) for s, place in zip(sequences, places, strict=True)]
 
 
-def _run_sequence(backend: Any, sequence: _Sequence) -> Sequences:
+def _run_sequence(sequence: _Sequence) -> Sequences:
     """Run one sequence."""
+    backend = sequence.backend
 
     def vjp(*d: Array | None) -> list[Array | None]:
         upstream, options = sequence.upstream(d)
@@ -1300,7 +1304,7 @@ def _check_recurrent(
     projection: Tensor | None,
 ) -> None:
     """Every shape against the others, before a kernel that trusts them."""
-    if x.ndim != 3:
+    if x.data.ndim != 3:
         raise ValueError(f"x: shape {x.shape} came, expected rank 3: (batch, time, features)")
     if projection is not None and projection.ndim != 2:
         raise ValueError(f"projection: shape {projection.shape} came, expected rank 2: (units, outputs)")
@@ -1320,7 +1324,8 @@ def _check_recurrent(
         raise ValueError(
             f"params: {len(params)} came, expected {len(cell.params)}: {', '.join(cell.params) or 'none'}"
         )
-    expected += [(f"params[{name}]", p, (H,)) for name, p in zip(cell.params, params, strict=True)]
+    if params:
+        expected += [(f"params[{name}]", p, (H,)) for name, p in zip(cell.params, params, strict=True)]
     if state is not None:
         if len(state) != len(cell.state):
             raise ValueError(f"state: {len(state)} came, expected {len(cell.state)}: {', '.join(cell.state)}")
@@ -1329,7 +1334,7 @@ def _check_recurrent(
             for k, (name, s) in enumerate(zip(cell.state, state, strict=True))
         ]
     for name, t, shape in expected:
-        if t.shape != shape:
+        if t.data.shape != shape:
             raise ValueError(f"{name}: shape {t.shape} came, expected {shape}")
     if valid is not None and valid.shape != (B, T):
         raise ValueError(f"mask: shape {valid.shape} came, expected {(B, T)}: (batch, time)")

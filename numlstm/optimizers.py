@@ -142,11 +142,14 @@ class Optimizer(Configurable):
 
     def _step(self, backend: Any, gradients: Sequence[Any], variables: Sequence[Variable]) -> None:
         """`apply`, on the backend of the variables' device."""
-        if len(variables) != len(self._plan) or any(
-            v is not p[0] or v.data is not seen
-            for v, p, seen in zip(variables, self._plan, self._seen, strict=True)
-        ):
+        plan = self._plan
+        if len(variables) != len(plan):
             self._prepare(variables)
+        else:
+            for variable, known, seen in zip(variables, plan, self._seen, strict=True):
+                if variable is not known[0] or variable.data is not seen:
+                    self._prepare(variables)
+                    break
         for gradient, (variable, array, _, _) in zip(gradients, self._plan, strict=True):
             if gradient is not None and gradient.shape != array.shape:
                 raise ValueError(
@@ -159,7 +162,7 @@ class Optimizer(Configurable):
         self.iterations += 1
         for gradient, variable in zip(gradients, variables, strict=True):
             if gradient is not None:
-                variable.writable()  # counts the change
+                variable.count_change()
         for k in self._constrained:
             if gradients[k] is not None:
                 variables[k].assign(variables[k].constraint(variables[k].data))  # type: ignore[misc]

@@ -9,7 +9,7 @@ added, and one-batch methods give the figures of their batch, not running means.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from numlstm.backend import (
     use_backend,
 )
 from numlstm.callbacks import Callback, CallbackList, History
-from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches, placed
+from numlstm.data.batches import ArrayBatches, Batch, Batches, Ragged, as_batches, one_batch, placed
 from numlstm.progress import Silent, progress
 from numlstm.registry import serialize
 
@@ -58,7 +58,7 @@ class _Settings(NamedTuple):
 
 
 if TYPE_CHECKING:  # what a checker should know of `self`; Layer comes into `Model` beside this class
-    from numlstm.layers.base import Layer
+    from numlstm.layers.base import Layer, Members
     from numlstm.layers.recurrent import Recurrent
 
     class _Mixed(Layer):
@@ -347,14 +347,15 @@ class Trainer(_Mixed):
         ['loss', 'mae']
         """
         self._need_compiled("train_on_batch")
-        self._need_float_weights("train_on_batch")
+        members = self._need_float_weights("train_on_batch")
         batch = self._one_batch(x, y, sample_weight, mask, lengths)
         figures = _Figures(self, _class_table(class_weight, self.loss))
         with self._running(None, batch.x):
             batch = self._on_device(batch)
             if not self.built:
                 self._build(batch)
-            _TrainStep(self, figures)(batch)
+                members = self._survey()
+            _TrainStep(self, figures, members)(batch)
         return _results(figures.logs(), return_dict)
 
     def test_on_batch(
@@ -414,7 +415,7 @@ class Trainer(_Mixed):
                 for variable in self.weights:  # frozen ones too
                     tape.watch(variable)
                 y_pred = self(batch.x, training=bool(training), mask=batch.mask)
-                total, _ = _objective(_Figures(self), _Penalties(self, self.trainable_weights), batch, y_pred)
+                total, _ = _objective(_Figures(self), _Penalties(self, self._survey()), batch, y_pred)
             gradients = tape.gradient(total, self.weights)
         return float(total.item()), gradients, y_pred.numpy()
 
@@ -429,8 +430,7 @@ class Trainer(_Mixed):
         return arrays if several else arrays[0]
 
     def _one_batch(self, x: Any, y: Any, sample_weight: Any, mask: Any, lengths: Any) -> Batch:
-        data = as_batches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=2**62, dtype=self.dtype)
-        return next(data.epoch())
+        return one_batch(x, y, sample_weight, mask=mask, lengths=lengths, dtype=self.dtype)
 
     # For BackupAndRestore
 
@@ -453,29 +453,38 @@ class Trainer(_Mixed):
                 f"{method}: the model has not been compiled; call compile(optimizer=..., loss=...) first"
             )
 
-    def _need_float_weights(self, method: str) -> None:
-        if any(isinstance(variable, QuantizedVariable) for variable in self.weights):
-            raise ValueError(
-                f"{method}: this model has int8 weights, which serve inference only: train the float32 model, "
-                f"and quantize it again"
-            )
+    def _need_float_weights(self, method: str) -> "Members":
+        """The model's layers and weights, none of them int8."""
+        members = self._survey()
+        for variable in members.weights:
+            if isinstance(variable, QuantizedVariable):
+                raise ValueError(
+                    f"{method}: this model has int8 weights, which serve inference only: train the float32 model, "
+                    f"and quantize it again"
+                )
+        return members
 
-    @contextmanager
-    def _running(self, chunk: int | None, data: Any = None) -> Iterator[None]:
+    def _running(self, chunk: int | None, data: Any = None) -> AbstractContextManager[Any]:
         """The backend that `compile` chose, else by where `data` lie; with `chunk`, recurrent layers that hand their
         states on."""
         settings = self._settings
         how: dict[str, Any] = {"name": None}
         if settings is not None:
             how = {"name": settings.backend, "strict": settings.strict, "precision": settings.products}
-        layers = self.recurrent_layers() if chunk else []
+        backend = use_backend(**how, like=_first(data))
+        return self._carrying(backend) if chunk else backend
+
+    @contextmanager
+    def _carrying(self, backend: AbstractContextManager[Any]) -> Iterator[None]:
+        """Within the block recurrent layers hand their states on from one call to the next."""
+        layers = self.recurrent_layers()
         backwards = [layer.name for layer in layers if getattr(layer, "go_backwards", False)]
         if backwards:
             raise ValueError(
                 f"bptt_steps: {backwards[0]} reads time from its end (go_backwards): its input can't be cut"
             )
         before = [(layer, layer.carry, layer.states) for layer in layers]
-        with use_backend(**how, like=_first(data)):
+        with backend:
             try:
                 for layer in layers:
                     layer.carry = True
@@ -736,13 +745,13 @@ class _Figures:
 class _TrainStep:
     """One step of training. Holds what does not change from step to step."""
 
-    def __init__(self, model: Trainer, figures: _Figures) -> None:
+    def __init__(self, model: Trainer, figures: _Figures, members: "Members") -> None:
         self.model, self.figures = model, figures
         self.optimizer = model.optimizer
-        self.variables: list[Variable] = model.trainable_weights
+        self.variables: list[Variable] = members.trained
         if not self.variables:
             raise ValueError("the model has no trainable weights")
-        self.penalties = _Penalties(model, self.variables)
+        self.penalties = _Penalties(model, members)
 
     def __call__(self, batch: Batch) -> None:
         """Take the step. When memory runs out the weights are as they were before it, or as they should be after it.
@@ -799,10 +808,10 @@ def _objective(figures: _Figures, penalties: "_Penalties", batch: Batch, y_pred:
 class _Penalties:
     """The model's regularization losses of this call, found without walking through all layers each time."""
 
-    def __init__(self, model: Trainer, variables: Sequence[Variable]) -> None:
+    def __init__(self, model: Trainer, members: "Members") -> None:
         self.model = model
-        self.regularized: list[Any] = [v for v in variables if v.regularizer is not None]
-        self.layers = [layer for _, layer in model.walk()]
+        self.regularized: list[Any] = [v for v in members.trained if v.regularizer is not None]
+        self.layers = members.layers
 
     def __call__(self) -> list[Tensor]:
         penalties = [v.regularizer(v) for v in self.regularized]
@@ -854,7 +863,7 @@ class _Loop:
         if self.resume is not None:
             first, skip = self.resume[0], self.resume[1]
             self.feed.discard(first)
-        step = _TrainStep(self.model, self.figures)
+        step = _TrainStep(self.model, self.figures, self.model._survey())
         logs: dict[str, Any] = {}
         for epoch in range(first, epochs):
             display.begin(f"Epoch {epoch + 1}/{epochs}", self.feed.steps)
@@ -1036,14 +1045,9 @@ def _first(data: Any) -> Any:
 
 def _abroad(batch: Batch) -> bool:
     """Is something of the batch on a device?"""
-    for a in batch[:4]:
-        if (
-            a is not None
-            and type(a) is not np.ndarray
-            and any(map(place_of, a if isinstance(a, list) else [a]))
-        ):
-            return True
-    return False
+    x, y, weight, mask, *_ = batch
+    given = [a for a in (x, y, weight, mask) if a is not None and type(a) is not np.ndarray]
+    return any(any(map(place_of, a if isinstance(a, list) else [a])) for a in given) if given else False
 
 
 def _join(pieces: list[list[np.ndarray]], last: Batch, sequences: bool) -> list[np.ndarray]:

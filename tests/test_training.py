@@ -1,6 +1,7 @@
 """Training: fit against a loop written by hand, chunks against whole rows, runs taken up again against whole
 runs."""
 
+import copy
 import os
 import signal
 import sys
@@ -706,3 +707,82 @@ def test_loss_and_gradients_are_those_of_a_step_and_leave_the_model_alone():
         np.testing.assert_allclose(b, a if k < 3 else a - 0.5 * g, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="loss_and_gradients: the model has not been compiled"):
         nl.Sequential([nl.Dense(1)]).loss_and_gradients(x, y)
+
+
+# What `train_on_batch` finds in the model is kept from step to step; whatever changes in between must be seen.
+
+
+def freeze(model):
+    model.layers[0].trainable = False
+
+
+def freeze_one(model):
+    model.layers[0].kernel.trainable = False
+
+
+def grow(model):
+    model.add(nl.Dense(1))
+
+
+def replace(model):
+    model.pop()
+    model.add(nl.Dense(1, use_bias=False))
+
+
+def assign(model):
+    model.set_weights([np.full(w.shape, 0.1, w.dtype) for w in model.get_weights()])
+
+
+def regularize(model):
+    model.layers[1].kernel.regularizer = nl.regularizers.L2(1.0)
+
+
+def add_losses(model):
+    model.layers[0].activity_regularizer = nl.regularizers.L2(1.0)
+
+
+def compile_again(model):
+    model.compile(nl.optimizers.SGD(0.5), "mae")
+
+
+CHANGES = (freeze, freeze_one, grow, replace, assign, regularize, add_losses, compile_again)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_sees_what_has_changed_since_the_last(change):
+    model, as_it_was = regression(), regression()
+    for m in (model, as_it_was):
+        for _ in range(2):
+            m.train_on_batch(X, Y)
+    change(model)
+    anew = copy.deepcopy(model)  # knows nothing of the steps before but what the optimizer does
+    before = model.get_weights()
+    losses = [m.train_on_batch(X, Y) for m in (model, anew, as_it_was)]
+    assert losses[0] == losses[1]
+    assert same(model, anew)
+    assert len(model.weights) != len(as_it_was.weights) or not same(model, as_it_was)
+    frozen = {freeze: [0, 1, 2], freeze_one: [0]}.get(change, [])
+    moved = [not np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)]
+    assert [k for k, m in enumerate(moved) if not m] == frozen
+
+
+def test_a_frozen_layer_learns_again_once_it_is_set_free():
+    model = regression()
+    model.layers[0].trainable = False
+    model.train_on_batch(X, Y)
+    before = model.layers[0].get_weights()
+    model.layers[0].trainable = True
+    model.train_on_batch(X, Y)
+    assert not any(map(np.array_equal, before, model.layers[0].get_weights()))
+
+
+def test_int8_weights_that_come_later_are_refused():
+    model = regression(units=32)
+    model.train_on_batch(X, Y)
+    small = model.quantize("int8")
+    small.compile("adam", "mse")
+    with pytest.raises(ValueError, match="int8"):
+        small.train_on_batch(X, Y)
+    model._layers[0] = small.layers[0]
+    with pytest.raises(ValueError, match="int8"):
+        model.train_on_batch(X, Y)

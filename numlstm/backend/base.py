@@ -19,7 +19,7 @@ import numpy as np
 
 from numlstm.kernels import remat
 from numlstm.kernels.int8 import Quantized
-from numlstm.kernels.sequence import PRECISIONS, Prepacked, check_precision
+from numlstm.kernels.sequence import PRECISIONS, Forward, Prepacked, check_precision
 
 __all__ = ["IN_PRECISION", "PRECISIONS", "Backend", "Kernel", "lookup", "register"]
 
@@ -265,7 +265,7 @@ class Backend:
             training=training, aux=aux, recurrent_mask=recurrent_mask, projection=projection,
             **self._precision_of(kernel), **options,
         )  # fmt: skip
-        return out._replace(residual=(serving, out.residual)) if training else out
+        return Forward(out.h, out.final, out.states, (serving, out.residual)) if training else out
 
     def _sequence_kernels(self, cell: Any, kernel: Any, training: bool) -> Any:
         """The module that serves a cell on these weights."""

@@ -19,7 +19,17 @@ import numpy as np
 from numlstm import random
 from numlstm.backend import Backend, adopt, backend_of, moved, namespace, place_of, ranges, to_numpy
 
-__all__ = ["ArrayBatches", "Batch", "Batches", "IteratorBatches", "as_batches", "cut", "pad", "placed"]
+__all__ = [
+    "ArrayBatches",
+    "Batch",
+    "Batches",
+    "IteratorBatches",
+    "as_batches",
+    "cut",
+    "one_batch",
+    "pad",
+    "placed",
+]
 
 STAGED = (
     0.5  # of a device's free memory: arrays that take no more are copied to it once, before the first batch
@@ -105,12 +115,9 @@ class ArrayBatches(Batches):
             raise ValueError(
                 "give mask or lengths, not both: lengths are a mask of the first steps of each row"
             )
-        for name in ("y", "sample_weight"):
-            column = getattr(self, name)
-            if column is not None and len(column) != self.rows:
-                raise ValueError(
-                    f"{name}: {len(column)} rows came, expected {self.rows}, the number of rows of x"
-                )
+        for name, column in (("y", self.y), ("sample_weight", self.sample_weight)):
+            if column is not None:
+                _check_rows(name, column, self.rows)
 
     def split(self, fraction: float) -> tuple["ArrayBatches", "ArrayBatches"]:
         """The first rows, and the last `fraction` of them, as two sources that share this one's memory."""
@@ -214,6 +221,10 @@ class ArrayBatches(Batches):
             return None
         return self.steps * math.ceil(self.x.array.shape[1] / chunk) if self.x.array.ndim > 1 else self.steps
 
+    def whole(self) -> Batch:
+        """All rows as one batch."""
+        return self._gather(slice(0, self.rows))
+
     def _gather(self, rows: Rows) -> Batch:
         """The batch of these rows."""
         x, mask = self.x.take(rows), None
@@ -292,7 +303,7 @@ class IteratorBatches(Batches):
                 f"keys {sorted(item)} came, expected x and any of y, sample_weight, mask, lengths"
             )
         columns = ArrayBatches(**item, batch_size=2**62, dtype=self.dtype)
-        return columns._gather(slice(0, columns.rows))
+        return columns.whole()
 
 
 def as_batches(
@@ -331,6 +342,31 @@ def as_batches(
             )
         return IteratorBatches(x, dtype=dtype)
     return ArrayBatches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=batch_size, dtype=dtype)
+
+
+def one_batch(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    mask: Any = None,
+    lengths: Any = None,
+    dtype: Any = np.float32,
+) -> Batch:
+    """Everything as one batch, checked as `as_batches` checks it and raising what it raises.
+
+    >>> one_batch(np.ones((2, 3, 1)), np.zeros(2)).timed
+    False
+    """
+    if type(x) is np.ndarray and type(y) is np.ndarray and sample_weight is mask is lengths is None:
+        # What a step of training nearly always gets: a source of batches would cost more than the checks.
+        dtype = np.dtype(dtype)
+        columns = _column("x", x, dtype), _column("y", y, dtype)
+        _check_rows("y", columns[1], len(x))
+        x, y = (c.array if c.exact else c.take(slice(0, len(c))) for c in columns)  # type: ignore[union-attr]
+        return Batch(x, y, timed=_timed(x, y))
+    data = as_batches(x, y, sample_weight, mask=mask, lengths=lengths, batch_size=2**62, dtype=dtype)
+    return data.whole() if isinstance(data, ArrayBatches) else next(data.epoch())
 
 
 def cut(batch: Batch, chunk: int, timed: bool = True) -> Iterator[Batch]:
@@ -529,16 +565,19 @@ class Ragged:
 
 def _column(name: str, data: Any, dtype: np.dtype[Any]) -> _Dense | Ragged:
     """`data` checked, as a column. Arrays in memory are looked through once, here; memmaps batch by batch."""
-    if isinstance(data, (tuple, Mapping)):
-        raise ValueError(
-            f"{name}: got a {type(data).__name__}; a model takes one array (or a list of sequences) here"
-        )
-    if isinstance(data, list) and _is_ragged(data):
-        return _ragged(name, data, dtype)
-    if isinstance(data, list) and data and place_of(data[0]) is not None:
-        data = namespace(data[0]).stack(data)
-    lazy = isinstance(data, np.memmap)
-    array = data if isinstance(data, np.ndarray) else _to_array(name, data)
+    if type(data) is np.ndarray:
+        array, lazy = data, False
+    else:
+        if isinstance(data, (tuple, Mapping)):
+            raise ValueError(
+                f"{name}: got a {type(data).__name__}; a model takes one array (or a list of sequences) here"
+            )
+        if isinstance(data, list) and _is_ragged(data):
+            return _ragged(name, data, dtype)
+        if isinstance(data, list) and data and place_of(data[0]) is not None:
+            data = namespace(data[0]).stack(data)
+        lazy = isinstance(data, np.memmap)
+        array = data if isinstance(data, np.ndarray) else _to_array(name, data)
     _check_kind(name, array)
     if array.ndim == 0:
         raise ValueError(f"{name}: got a single value {array!r}, expected an array with one row a sample")
@@ -597,6 +636,11 @@ def _batch_size(batch_size: int | None) -> int:
     return int(batch_size)
 
 
+def _check_rows(name: str, column: Any, rows: int) -> None:
+    if len(column) != rows:
+        raise ValueError(f"{name}: {len(column)} rows came, expected {rows}, the number of rows of x")
+
+
 def _check_kind(name: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "fiub":
         hint = "; a list of arrays of unequal length may be given as a list" if array.dtype == object else ""
@@ -606,7 +650,7 @@ def _check_kind(name: str, array: np.ndarray) -> None:
 def _check_finite(name: str, array: np.ndarray, rows: Rows, dtype: Any = None) -> None:
     """Raise for NaN, infinity, and what becomes infinite in `dtype`; looks at blocks of a few megabytes at a
     time."""
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" or (type(array) is np.ndarray and _surely_finite(array, dtype)):
         return
     if place_of(array) is not None:
         with backend_of(array).current():
@@ -624,6 +668,20 @@ def _check_finite(name: str, array: np.ndarray, rows: Rows, dtype: Any = None) -
         good = np.isfinite(part)
         if not good.all():
             _refuse(name, array, start + int(np.argwhere(~good)[0, 0]), np.argwhere(~good)[0], rows, start)
+
+
+FEW = 8192  # numbers; of more, BLAS would wake threads of its own for a dot product
+
+
+def _surely_finite(array: np.ndarray, dtype: Any) -> bool:
+    """Whether one pass over few numbers is enough to say that all are finite, and stay so in `dtype`: the sum of their
+    squares is not NaN and not beyond the square of what `dtype` holds. False: they have to be looked at."""
+    if array.size > FEW:
+        return False
+    squares = np.vdot(array, array)
+    if dtype is not None and np.dtype(dtype).itemsize < array.dtype.itemsize:
+        return bool(squares <= float(np.finfo(dtype).max) ** 2)
+    return bool(squares < math.inf)
 
 
 def _refuse(name: str, array: np.ndarray, row: int, place: np.ndarray, rows: Rows, start: int) -> None:

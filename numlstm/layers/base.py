@@ -3,7 +3,8 @@
 Calling a layer converts arrays to tensors, builds the weights at the first call, checks ranks, hands masks
 from layer to layer (`Tensor.mask`, a bool array (batch, time), as in Keras) and passes `training` down to the
 layers inside. Shapes are tuples whose first entry, the batch, is None. Sub-layers and variables are found by
-walking the attributes whenever they are asked for, so a list that grows later is seen too.
+looking through the attributes, whenever they are asked for, so a list that grows later is seen too; what was found is
+kept for as long as every attribute is the object that it was, and every list holds what it held.
 """
 
 import itertools
@@ -30,6 +31,7 @@ from numlstm.backend import (
     to_numpy,
     use_backend,
 )
+from numlstm.layers.contents import Contents, Holder
 from numlstm.registry import Configurable, Registry, constructor_parameters, snake_case, suggest
 
 Shape = tuple[int | None, ...]
@@ -41,6 +43,14 @@ FLOATS = ("float32", "float64")
 _DTYPES = {name: np.dtype(name) for name in FLOATS}
 
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+class Members(NamedTuple):
+    """A layer and all that is inside it: the layers, each once, depth first; their weights; those that are trained."""
+
+    layers: list["Layer"]
+    weights: list[Variable]
+    trained: list[Variable]
 
 
 class _Call(NamedTuple):
@@ -58,7 +68,7 @@ _calling_on: ContextVar[Backend | None] = ContextVar("calling_on", default=None)
 _blank: ContextVar[bool] = ContextVar("blank_weights", default=False)
 
 
-class Layer(Configurable):
+class Layer(Holder, Configurable):
     """Base class of all layers.
 
     A layer of one's own defines `call(self, x, ...)` and, when it has weights, `build(self, input_shape)`
@@ -118,8 +128,6 @@ class Layer(Configurable):
         self.build_shape: Any = None  # what `build` was given; saved with the model
         self.activity_regularizer: Callable[[Tensor], Tensor] | None = None
         self._variables: list[Variable] = []
-        self._losses: list[Tensor] = []
-        self._root: object = None
         # Where the weights were last seen to lie, and how all weights lay then: the same again need not be looked at.
         self._place: tuple[str, int] | None = None
 
@@ -333,8 +341,9 @@ class Layer(Configurable):
             return
         if not isinstance(inputs, Tensor):
             raise ValueError(f"{self.name}: takes one input, got {len(inputs)}")
-        wanted = f"rank {exact}" if exact is not None else f"rank {least} or more"
-        if (exact is not None and inputs.ndim != exact) or (least is not None and inputs.ndim < least):
+        rank = inputs.data.ndim
+        if (exact is not None and rank != exact) or (least is not None and rank < least):
+            wanted = f"rank {exact}" if exact is not None else f"rank {least} or more"
             axes = f", {self.input_axes}" if self.input_axes else ""
             hint = self.rank_hint(inputs.shape)
             raise ValueError(
@@ -414,11 +423,16 @@ class Layer(Configurable):
         self._variables.append(variable)
         return variable
 
+    def _looked_through(self) -> Contents:
+        """What lies inside, looked up anew if anything has changed."""
+        contents = self._found_inside
+        if not contents.hold(self.__dict__):
+            contents.look(self.__dict__, Layer)
+        return contents
+
     def children(self) -> Iterator[tuple[str, "Layer"]]:
         """The layers directly inside this one, in order, with the names that they have in files."""
-        for attribute, value in self.__dict__.items():
-            if attribute not in _BOOKKEEPING and (isinstance(value, Layer) or _holds_others(type(value))):
-                yield from _found(attribute.lstrip("_"), value, Layer)
+        return iter(self._looked_through().children)
 
     def has_children(self) -> bool:
         """Are there layers inside this one?"""
@@ -439,15 +453,31 @@ class Layer(Configurable):
 
     def own_variables(self) -> list[Variable]:
         """Variables that belong to this layer itself: made by `add_weight`, or kept in an attribute."""
-        found = {id(v): v for v in self._variables}
-        for attribute, value in self.__dict__.items():
-            if attribute in _BOOKKEEPING:
-                continue
-            if isinstance(value, Variable):
-                found[id(value)] = value
-            elif _holds_others(type(value)):
-                found.update({id(v): v for _, v in _found(attribute, value, Variable)})
-        return list(found.values())
+        return list(self._looked_through().variables)
+
+    def _survey(self) -> Members:
+        """This layer and all inside it, their weights, and which of them are trained: in one walk, for whoever needs
+        all of it at every step."""
+        layers: dict[int, Layer] = {}
+        found: dict[int, Variable] = {}
+        self._gather(layers, found)
+        weights, inside = list(found.values()), list(layers.values())
+        if type(self).trainable_weights is Layer.trainable_weights and all([x.trainable for x in inside]):
+            return Members(inside, weights, [v for v in weights if v.trainable])
+        return Members(inside, weights, self.trainable_weights)
+
+    def _gather(self, layers: dict[int, "Layer"], weights: dict[int, Variable]) -> None:
+        """Add this layer and all inside to `layers`, as `walk` finds them, and what they own to `weights`."""
+        layers[id(self)] = self
+        cls, contents = type(self), self._looked_through()
+        # A class may have ways of its own; what Layer's would give has been looked up once for both.
+        for variable in (
+            contents.variables if cls.own_variables is Layer.own_variables else self.own_variables()
+        ):
+            weights[id(variable)] = variable
+        for _, child in contents.children if cls.children is Layer.children else self.children():
+            if id(child) not in layers:
+                child._gather(layers, weights)
 
     def named_weights(self) -> dict[str, Variable]:
         """Every weight by a path that is unique within this layer, such as "lstm/kernel", in the order of
@@ -470,7 +500,7 @@ class Layer(Configurable):
     @property
     def weights(self) -> list[Variable]:
         """All weights: the layer's own, then those of the layers inside, in order."""
-        return list(self.named_weights().values())
+        return self._survey().weights
 
     @property
     def trainable_weights(self) -> list[Variable]:
@@ -585,13 +615,6 @@ def blank_weights() -> Iterator[None]:
 def mark_built(layer: Layer, input_shape: Any) -> None:
     layer.build_shape = shape_tuples(input_shape)
     layer.built = True
-
-
-# Attributes in which no layers are looked for: they hold none, or would only cost time.
-_BOOKKEEPING = frozenset(
-    {"name", "trainable", "dtype", "input_shape", "built", "build_shape", "activity_regularizer"}
-    | {"preprocessing", "_variables", "_losses", "_root", "_place"}
-)
 
 
 def register_layer(cls: type[L]) -> type[L]:
@@ -848,21 +871,3 @@ def call_options(cls: type[Layer]) -> tuple[frozenset[str], bool]:
     parameters = list(signature(cls.call).parameters.values())
     names = frozenset(p.name for p in parameters[2:] if p.kind is not p.VAR_KEYWORD)
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-@cache
-def _holds_others(cls: type) -> bool:
-    """May objects of this class hold layers or weights? (Asking an abstract base class takes its time.)"""
-    return issubclass(cls, (Mapping, list, tuple))
-
-
-def _found(name: str, value: Any, kind: type) -> Iterator[tuple[str, Any]]:
-    """Objects of `kind` in an attribute: itself, or inside lists, tuples and dicts."""
-    if isinstance(value, kind):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _found(f"{name}.{key}", item, kind)
-    elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, bytes, int, float)):
-        for k, item in enumerate(value):  # a list that opens with a number or string holds no layers
-            yield from _found(f"{name}.{k}", item, kind)

@@ -287,7 +287,9 @@ class Recurrent(Layer):
             feedback = ops.dropout(feedback, self.recurrent_dropconnect)
         matrix, values = self.recurrent_weights(feedback)
         bias, others = self.biases()
-        values = {**values, **others, **self.parameters}
+        if not self.equations.params:  # as in the usual LSTM and GRU
+            return matrix, bias, (), self.projection_kernel
+        values = values | others | self.parameters
         if self.layer_norm:
             gates, fed = self.cell.gates, self.cell.recurrent
             shift = self._zeros((len(gates) * self.units,)) if bias is None else bias
@@ -374,9 +376,15 @@ class Recurrent(Layer):
             shape = (steps, batch, self.output_units)  # time-major, as the kernel reads it
             recurrent_mask = self._thinning(shape, self.recurrent_dropout).swapaxes(0, 1)
         recurrent_kernel, bias, parameters, projection = self.cell_weights(training)
-        rates = zip(self._zoneout_rates(), self.state_widths, strict=False)  # no rates without zoneout
+        cell, aux = self.equations, ()
+        if rates := self._zoneout_rates():
+            cell, widths = self.running_cell(), self.state_widths
+            aux = tuple(
+                self._zoneout_mask(rate, (time, batch, n), training)
+                for rate, n in zip(rates, widths, strict=True)
+            )
         return {
-            "cell": self.running_cell(),
+            "cell": cell,
             "x": inputs,
             "kernel": self.kernel,
             "recurrent_kernel": recurrent_kernel,
@@ -386,7 +394,7 @@ class Recurrent(Layer):
             "mask": mask,
             "reverse": self.go_backwards,
             "training": self.return_cell_sequence,
-            "aux": tuple(self._zoneout_mask(rate, (time, batch, n), training) for rate, n in rates),
+            "aux": aux,
             "recurrent_mask": recurrent_mask,
             "projection": projection,
             "remat_steps": self.remat_steps,
@@ -398,6 +406,8 @@ class Recurrent(Layer):
 
     def _zoneout_rates(self) -> tuple[float, ...]:
         """One for each state; empty when no state has zoneout."""
+        if not self.zoneout:
+            return ()
         rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,) * len(self.cell.state)
         return rates if any(rates) else ()
 
@@ -423,11 +433,10 @@ class Recurrent(Layer):
 
     def check_input(self, inputs: Tensor) -> None:
         """The features must be those of the weights, and there must be a batch and a time step."""
-        if 0 in inputs.shape[:2]:
-            raise ValueError(
-                f"{self.name}: expected at least one row and one time step, got shape {inputs.shape}"
-            )
-        self.check_features(inputs.shape)
+        shape = inputs.shape
+        if 0 in shape[:2]:
+            raise ValueError(f"{self.name}: expected at least one row and one time step, got shape {shape}")
+        self.check_features(shape)
 
     def start_states(self, batch: int, given: Any = None) -> tuple[Any, ...] | None:
         """The states to begin with: the given, the kept, or None for zeros. Raises ValueError on a misfit."""

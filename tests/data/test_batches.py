@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from numlstm import random
-from numlstm.data.batches import ArrayBatches, Batch, _Dense, as_batches, cut, pad
+from numlstm.data.batches import FEW, ArrayBatches, Batch, _Dense, as_batches, cut, one_batch, pad
 
 
 def rows(source, **options):
@@ -251,3 +251,59 @@ def test_rows_of_a_view_are_gathered_without_copying_all_of_it():
     block = _Dense("x", view, np.dtype(np.float32), lazy=False).take(np.array([1_000_000, 3]))
     assert block.flags.c_contiguous and block.shape == (2, 100_000, 2)
     np.testing.assert_array_equal(block[1], table[3:100_003])
+
+
+@pytest.mark.parametrize("size", [1, 7, FEW, FEW + 1])
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_is_found_wherever_it_stands(size, kind, bad):
+    for place in {0, size // 2, size - 1}:
+        x = np.full((size, 1), -1, kind)
+        x[place] = bad
+        with pytest.raises(ValueError, match=f"^x: {bad} in row {place}, at .0,. within it came"):
+            as_batches(x)
+        with pytest.raises(ValueError, match=f"^y: {bad} in row {place}, at .0,. within it came"):
+            one_batch(np.ones((size, 1)), x)
+
+
+def test_large_numbers_are_finite_and_too_large_ones_are_not():
+    largest = np.finfo(np.float32).max
+    for x in (
+        np.full((3, 2), largest),
+        np.full((3, 2), -largest, np.float64),
+        np.full((3, 2), 65504, np.float16),
+    ):
+        assert np.array_equal(one_batch(x, np.zeros(3)).x, x.astype(np.float32))
+    assert one_batch(np.full((3, 2), 1e300), np.zeros(3), dtype=np.float64).x[0, 0] == 1e300
+    for size in (2, FEW + 1):
+        with pytest.raises(ValueError, match=r"x: 1e\+39 in row 1.* is too large for float32"):
+            as_batches(np.concatenate([np.ones((1, size)), np.full((1, size), 1e39)]))
+
+
+def test_one_batch_is_the_only_batch_of_all_rows():
+    steps = np.arange(24.0).reshape(4, 3, 2)
+    questions = [
+        {"x": steps.astype(np.float32), "y": np.zeros((4, 1), np.float32)},
+        {"x": steps[:, ::-1], "y": np.zeros((4, 3, 1))},  # float64, a view
+        {"x": steps.astype(int), "y": np.arange(4)},
+        {"x": steps > 3, "y": np.ones(4, bool)},
+        {"x": steps},
+        {"x": steps, "y": steps, "sample_weight": np.ones(4)},
+        {"x": steps, "y": [1, 2, 3, 4], "lengths": [1, 2, 3, 3]},
+        {"x": [steps[0], steps[1, :2]], "y": np.zeros(2)},
+    ]
+    for question in questions:
+        found = one_batch(**question)
+        expected = next(as_batches(**question, batch_size=99).epoch())
+        assert found[4:] == expected[4:]
+        for a, b in zip(found[:4], expected[:4], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == b.dtype and np.array_equal(a, b))
+    for x, y, words in [
+        (steps, np.zeros(3), "y: 3 rows came, expected 4, the number of rows of x"),
+        (steps, np.zeros(0), "y: is empty"),
+        (np.zeros(()), np.zeros(3), "x: got a single value"),
+        (steps.astype(complex), np.zeros(4), "x: dtype complex128 came"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            one_batch(x, y)
