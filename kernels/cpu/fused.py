@@ -163,7 +163,7 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"    d0 = {field(P.D)} + ((t & 1) * B + b) * d_row",
         f"    mask = {field(P.MASK)}; masked = mask != 0 and t + 1 < {field(P.T)}",
         f"    mask_row = {field(P.MASK_B)}; mask += (t + 1) * {field(P.MASK_T)} + b * mask_row",
-        f"    aux = {field(P.AUX)}; later = {field(P.DSTATES)}",
+        f"    aux = {field(P.AUX)}; later = {field(P.DSTATES)}; close = {field(P.CLOSE_GATES)}",
         *aux_rows(cell, ""),
         *(
             f"    dc{k} = load_int(later + {24 * k}); dc_row{k} = load_int(later + {24 * k + 16})\n"
@@ -176,7 +176,8 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
         f"            q = (v + j) * {VECTOR_BYTES}; block = (v + j) // {lay.blocks_vectors}",
         f"            sub = (v + j - block * {lay.blocks_vectors}) * {VECTOR_BYTES}; n = H - (v + j) * {LANES}",
         f"            g = g0 + (block * TB + r + m) * {row} + sub; ds = ds0 + m * hp4 + q",
-        f"            d = d0 + m * d_row + q // {lay.per_word}",
+        f"            d = d0 + m * d_row + q // {lay.per_word}; gate = {wb}",
+        f"            if close != 0 and n < {LANES}: gate = n * 4",
         f"            through = load(s + j * {VECTOR_BYTES})",
         "            if masked: through = through * load_n(mask + m * mask_row + q, n)",
         f"            _d_{cell.state[0]} = through + load(ds)",
@@ -209,14 +210,14 @@ def _backward_tile(cell: Cell, stage: Stage, lay: Layout) -> str:
     o += inline(stage.backward_source, stage.backward_args, results, indent)
     o.append(f"{indent}if n < {LANES}:")  # a padded unit's gradient may be NaN, and 0 * NaN would spread
     o += [f"{indent}    _g_{g} = keep_n(_g_{g}, n)" for g in stage.pre]
-    o += [f"{indent}store(g + {k * wb}, _g_{g})" for k, g in enumerate(stage.pre)]
+    o += [f"{indent}store(g + {k} * gate, _g_{g})" for k, g in enumerate(stage.pre)]
     o += store_rows(lay, [f"_g_{g}" for g in stage.pre], "0", indent)
     o += [f"{indent}store(ds + {k} * dslot, _s_{s})" for k, s in enumerate(cell.state)]
     for k, n in enumerate(cell.params):
         o.append(f"{indent}dp = dp0 + {k} * dslot + m * hp4 + q; store(dp, load(dp) + _p_{n})")
     o.append("            else:")  # the states' gradients pass on; the gates get none
     o += [f"{indent}store(ds + {k} * dslot, _d_{name})" for k, name in enumerate(cell.state)]
-    o += [f"{indent}store(g + {k * wb}, K(0.0))" for k in range(lay.pre)]
+    o += [f"{indent}store(g + {k} * gate, K(0.0))" for k in range(lay.pre)]
     o += store_rows(lay, ["K(0.0)"] * lay.pre, "0", indent)
     o.append("        s += s_step")
     return "\n".join(o) + "\n"
@@ -578,7 +579,8 @@ def _arrangement_back(
     rest: dict[P, int] = {}
     words = backward_parts(precision) | {
         P.STEPS_BACK: _address(_steps_back), P.BACKWARD_TILE: _tile(cell, _backward_tile, precision),
-        P.EXTRA_ROW: 4 * lay.extra * lay.width, P.READS_H: int(cell.state[0] in cell.stages[0].backward_args),
+        P.CLOSE_GATES: int(lay.close_gates(H)), P.EXTRA_ROW: 4 * lay.extra * lay.width,
+        P.READS_H: int(cell.state[0] in cell.stages[0].backward_args),
     }  # fmt: skip
     # The weights' gradients are written last of all. Until then their memory serves for what only the steps read, and,
     # where no steps follow it, for what the products over all steps pack.
@@ -804,7 +806,11 @@ def prepare_back(
         dbias, NP = None, len(cell.params)
         if residual.has_bias:
             width, pre = int(plan[P.WIDTH]), int(plan[P.PRE])
-            rows = own.piece(slab, P.DBP, -1, pre, width).transpose(1, 0, 2).reshape(pre, HP)
+            blocks = own.piece(slab, P.DBP, -1, pre, width)
+            if plan[P.CLOSE_GATES]:
+                left = H % width
+                blocks[-1, :, :left] = blocks[-1].ravel()[: pre * left].reshape(pre, left).copy()
+            rows = blocks.transpose(1, 0, 2).reshape(pre, HP)
             dbias = rows[_columns(cell).of_bias, :H].reshape(-1)
         dparams = own.piece(slab, P.DPARAMS, NP, B, HP).sum(1)[:, :H] if NP else ()
         # Without initial states nobody keeps their gradients; else these should not keep all memory with them.

@@ -98,6 +98,9 @@ class P(IntEnum):
     TRAINING = auto()
     GATES = auto()
     EXTRA = auto()  # saved values beyond the NP that fit over the gates
+    CLOSE_GATES = (
+        auto()
+    )  # 1: in the last block, of few units, the gates' gradients stand as far apart as it has units
     EXTRA_ROW = auto()  # bytes of a row of them
     READS_H = auto()  # whether the gradient reads h of the step before
     FUSED = auto()  # the table of `product_tiles`
@@ -249,6 +252,15 @@ class Layout:
         if self.precision != "float32":
             return 0
         return vectors if vectors < min(self.h_gates * self.blocks_vectors, TILE_COLUMNS + 1) else 0
+
+    def close_gates(self, units: int) -> bool:
+        """Whether the products over all steps take fewer vectors if the last block's gradients stand close together."""
+        left = units % self.width
+        return (
+            self.precision == "float32"
+            and self.blocks_vectors == 1
+            and 0 < left * self.pre <= (self.pre - 1) * LANES
+        )
 
     def scratch(self) -> int:
         """Floats that a thread needs for a tile beside the gates' memory, and for a narrow one."""

@@ -249,6 +249,20 @@ def dx_step(p: int, t: int, d: int, b0: int, b1: int, x0: int, x1: int, s: int) 
             b += m
 
 
+@njit(**INNER_OPTIONS)
+def gate_bytes(p: int, u: int) -> int:
+    """Bytes from one gate's gradients to the next's in block u."""
+    if get(p, P.CLOSE_GATES) != 0 and u == get(p, P.BLOCKS) - 1:
+        return (get(p, P.H) - u * get(p, P.WIDTH)) * 4
+    return get(p, P.WIDTH) * 4
+
+
+@njit(**INNER_OPTIONS)
+def whole_vectors(n: int) -> int:
+    """n bytes, rounded up to whole vectors."""
+    return (n + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
+
+
 def closing(p: int, shard: int, shards: int) -> None:
     """The weights' gradients, packed: dW = x^T dgates, dR = h^T dgates, db = sum of dgates.
 
@@ -257,7 +271,7 @@ def closing(p: int, shard: int, shards: int) -> None:
     B, I, K, blocks = get(p, P.B), get(p, P.I), get(p, P.K), get(p, P.BLOCKS)
     TB = get(p, P.T) * B
     gates, plain, width, pre = get(p, P.GATES), get(p, P.PLAIN), get(p, P.WIDTH) * 4, get(p, P.PRE)
-    row, x_row, h_row = pre * width, get(p, P.X_GATES) * width, get(p, P.H_GATES) * width
+    row, x_gates, h_gates = pre * width, get(p, P.X_GATES), get(p, P.H_GATES)
     x_tiles, h_tiles = (I + TILE_ROWS - 1) // TILE_ROWS, (K + TILE_ROWS - 1) // TILE_ROWS
     first, last = share(x_tiles + h_tiles, shard, shards)
     packed = get(p, P.ROWS) + first * GRADIENT_ROWS * TILE_ROWS * 4
@@ -280,9 +294,9 @@ def closing(p: int, shard: int, shards: int) -> None:
                 if b == B:
                     b, source = 0, source + step - B * row_step
         for u in range(blocks):
-            panel = gates + (u * TB + k) * row
+            panel, gate = gates + (u * TB + k) * row, gate_bytes(p, u)
             if shard == 0:
-                for c in range(0, x_row, VECTOR_BYTES):
+                for c in range(0, whole_vectors(x_gates * gate), VECTOR_BYTES):
                     a = get(p, P.DBP) + u * row + c
                     total = load(a)
                     for q in range(panel + c, panel + c + rows * row, row):
@@ -290,7 +304,7 @@ def closing(p: int, shard: int, shards: int) -> None:
                     store(a, total)
             next_panel = (
                 panel + TB * row
-            )  # comes nearer while this one is worked through, a share at each turn
+            )  # it comes nearer while this one is worked through, a share at each turn
             if u == blocks - 1:
                 next_panel = gates + (k + GRADIENT_ROWS) * row
             a_turn = rows * row // (last - first + 1) // CACHE_LINE * CACHE_LINE + CACHE_LINE
@@ -298,11 +312,12 @@ def closing(p: int, shard: int, shards: int) -> None:
                 for a in range(next_panel, next_panel + a_turn, CACHE_LINE):
                     prefetch(a)
                 next_panel += a_turn
-                m, M, out_row, out, start = i * TILE_ROWS, I, x_row, get(p, P.DWP), panel
+                m, M, many, out, start = i * TILE_ROWS, I, x_gates, get(p, P.DWP), panel
                 if i >= x_tiles:
-                    m, M, out_row, out = (i - x_tiles) * TILE_ROWS, K, h_row, get(p, P.DRP)
-                    start = panel + row - h_row
-                out += (u * M + m) * out_row
+                    m, M, many, out = (i - x_tiles) * TILE_ROWS, K, h_gates, get(p, P.DRP)
+                    start = panel + (pre - h_gates) * gate
+                out_row = whole_vectors(many * gate)
+                out += u * M * many * width + m * out_row
                 source = packed + (i - first) * GRADIENT_ROWS * TILE_ROWS * 4
                 for c in range(0, out_row, TILE_COLUMNS * VECTOR_BYTES):
                     n = min(TILE_COLUMNS, (out_row - c) // VECTOR_BYTES)
@@ -321,8 +336,9 @@ def unpack(p: int, shard: int, shards: int) -> None:
         first, last = share(rows, shard, shards)
         for k in range(first, last):
             for u in range(blocks):
+                gate = gate_bytes(p, u)
                 for g in range(gates):
-                    a = packed + ((u * rows + k) * gates + g) * width * 4
+                    a = packed + u * rows * gates * width * 4 + k * whole_vectors(gates * gate) + g * gate
                     z = out + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
                     for q in range(0, width, LANES):
                         store_n(z + q * 4, load(a + q * 4), H - u * width - q)
