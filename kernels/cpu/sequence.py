@@ -25,7 +25,7 @@ __all__ = ["backward", "backward_all", "explain", "forward", "forward_all", "pre
 # The rule that picks how threads share a sequence; read from the measurements in docs/decisions.md.
 # Floating-point operations of a forward pass below which one thread does it: where the others must be woken first, which
 # takes about 50 us, and where they are awake.
-ONE_THREAD_BELOW, ONE_AWAKE_BELOW = 2e7, 1.5e7
+ONE_THREAD_BELOW, ONE_AWAKE_BELOW = 2e7, 4e6
 CACHE_BYTES = 1 << 20  # packed weights above this are split over the threads
 ROWS_FOR_BATCH_SPLIT = 4  # rows a thread
 APART_FROM = 16  # inputs from which few rows have their input product computed apart
