@@ -7,7 +7,9 @@ one section and not the run, and the report is written anew after each:
 - machine: device, driver, versions, clocks; what a launch, a copy and a matrix product cost;
 - kernels: the persistent kernels of all that follows, compiled on all cores into the kernels' cache;
 - tests: the project's own tests that need a device;
-- correct: cells, options and precisions on the device against the float64 reference;
+- correct: cells, options and precisions on the device against the float64 reference; where compute-sanitizer is found (PATH,
+  CUDA_HOME, or `pip install nvidia-cuda-sanitizer-api`), a sequence by each way to run one under memcheck, racecheck and
+  synccheck, as far as 25 seconds go;
 - protocol: 1,000 runs of the persistent kernels' exchange, each compared with the first bit by bit; what one step costs;
 - table: inference and training (forward and backward) against `torch.nn.LSTM` and `nn.GRU`, A B A B, by events;
 - options: masks, lengths, dropout, zoneout and peepholes over the plain layer's time, cuDNN's packed input beside them;
@@ -36,9 +38,9 @@ from benchmarks import common
 
 SECTIONS = {  # and how many seconds each may take
     "machine": 40,
-    "kernels": 100,
+    "kernels": 75,
     "tests": 130,
-    "correct": 35,
+    "correct": 60,
     "protocol": 45,
     "table": 150,
     "options": 50,

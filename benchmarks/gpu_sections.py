@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, gpu_sanitizer
 from benchmarks.gpu_layers import (
     CELLS,
     CORRECT_SHAPE,
@@ -47,6 +47,8 @@ from benchmarks.gpu_layers import (
     torch_sides,
 )
 from numlstm.kernels import reference
+
+SANITIZER_SECONDS = 25  # of the section "correct"
 
 
 class Report:
@@ -299,7 +301,8 @@ def errors_of(question: Question, options: dict[str, Any]) -> dict[str, float]:
 
 
 def correct(report: Report) -> None:
-    """LSTM and GRU, plain and with masks, in every precision; all other cells are the tests'."""
+    """LSTM and GRU, plain and with masks, in every precision (all other cells are the tests'); and under NVIDIA's
+    compute-sanitizer, where it is installed, one sequence of each way to run one."""
     rows: list[dict[str, Any]] = []
     for cell, (variant, options), precision in itertools.product(
         CELLS, correct_variants(*CORRECT_SHAPE).items(), PRECISIONS
@@ -310,11 +313,15 @@ def correct(report: Report) -> None:
         rows.append({"cell": cell, "variant": variant, "precision": precision, "errors": found, "good": good})
         report.keep(rows=rows)
     bad = [r for r in rows if not r["good"]]
-    report.keep(
-        lines=[f"{len(rows) - len(bad)} of {len(rows)} within their tolerance of the float64 reference"]
-    )
-    if bad:
-        raise SystemExit(f"correct: {bad}")
+    good = f"{len(rows) - len(bad)} of {len(rows)} within their tolerance of the float64 reference"
+    report.keep(lines=[good])
+    # The simulator's kernels are Python, in which there is nothing for the sanitizer.
+    absent = {"path": None, "runs": [], "line": "compute-sanitizer: absent (simulated)"}
+    sanitized = absent if SIMULATED else gpu_sanitizer.check(SANITIZER_SECONDS)
+    report.keep(sanitizer=sanitized, lines=[good, sanitized["line"]])
+    found = [r for r in sanitized["runs"] if r["outcome"] == "failed"]
+    if bad or found:
+        raise SystemExit(f"correct: {bad or ''} {found or ''}")
 
 
 def same(a: Any, b: Any) -> bool:

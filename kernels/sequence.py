@@ -79,7 +79,7 @@ def check_forward(
     params: Sequence[Any], state: Sequence[Any] | None, valid: Any, aux: Sequence[Any] = (), recurrent_mask: Any = None,
     projection: Any = None,
 ) -> tuple[int, int, int, int, int]:  # fmt: skip
-    """Hold every array to its shape: kernels work on addresses, and NumPy would broadcast in silence.
+    """Hold every array to its shape, without empty ones: kernels work on addresses, and NumPy would broadcast in silence.
 
     Returns (T, B, I, H, P).
 
@@ -125,6 +125,11 @@ def check_forward(
     for name, a, columns in named:
         if a.ndim != 3 or any(n not in (1, m) for n, m in zip(a.shape, (T, B, columns), strict=True)):
             raise ValueError(f"{name}: expected a shape that broadcasts to {(T, B, columns)}, got {a.shape}")
+    if min(T, B, I, H, P) < 1:
+        raise ValueError(
+            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
+            + (f" and an output of {P}" if cell.projects else "")
+        )
     return T, B, I, H, P
 
 

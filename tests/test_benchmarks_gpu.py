@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +129,137 @@ def test_without_a_device_it_says_why(capsys, monkeypatch):
         gpu.main([])
     assert stopped.value.code == 2
     assert "the CUDA backend can't be used: no NVIDIA driver (of this test)" in capsys.readouterr().err
+
+
+CLEAN = "========= COMPUTE-SANITIZER\nloss 3.2\n========= ERROR SUMMARY: 0 errors\n"
+INVALID = (
+    "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 16 bytes\n"
+    "=========     at kernel+0x1230\n========= ERROR SUMMARY: 2 errors\n"
+)
+HAZARD = (
+    "========= COMPUTE-SANITIZER\n========= Error: Race reported between Write access and Read access\n"
+    "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "outcome", "closing", "first"),
+    [
+        (0, CLEAN, "ran", "ERROR SUMMARY: 0 errors", None),
+        (0, CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"),
+         "ran", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        (86, INVALID, "failed", "ERROR SUMMARY: 2 errors", "COMPUTE-SANITIZER"),
+        (0, INVALID, "failed", "ERROR SUMMARY: 2 errors", "COMPUTE-SANITIZER"),
+        (86, HAZARD, "failed", "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "COMPUTE-SANITIZER"),
+        (1, CLEAN, "failed", "ERROR SUMMARY: 0 errors", "COMPUTE-SANITIZER"),  # the program under it failed
+        (0, "the tool can't attach\n", "failed", "the tool can't attach", "the tool can't attach"),
+        (255, "", "failed", "status 255, no output", None),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says(status, output, outcome, closing, first):
+    from benchmarks.gpu_sanitizer import verdict
+
+    found = verdict("memcheck", status, output)
+    assert found[:3] == ("memcheck", outcome, closing)
+    assert (found.findings or [None])[0] == first
+    if output == INVALID:
+        assert "Invalid __global__ read of size 16 bytes" in found.findings
+
+
+def stand_in(folder: Path, body: str) -> Path:
+    """A program in the sanitizer's place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "compute-sanitizer"
+    path.write_text(f"#!{sys.executable}\nimport sys, time\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No sanitizer on this machine, whatever is installed; its wheel's place is under tmp_path / "wheel"."""
+    from benchmarks import gpu_sanitizer
+
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    wheel = SimpleNamespace(submodule_search_locations=[str(tmp_path / "wheel")])
+    monkeypatch.setattr(
+        gpu_sanitizer.importlib.util, "find_spec", lambda name: wheel if name == "nvidia" else None
+    )
+    return gpu_sanitizer
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="the stand-in is a script with a first line that names its interpreter"
+)
+def test_the_sanitizer_is_looked_for_in_its_places(nowhere, tmp_path, monkeypatch):
+    absent = nowhere.check(5)
+    assert absent["path"] is None and absent["runs"] == [] and "absent" in absent["line"]
+    in_wheel = stand_in(tmp_path / "wheel" / "cu13" / "bin", "")
+    assert nowhere.find() == str(in_wheel)
+    in_toolkit = stand_in(tmp_path / "toolkit" / "bin", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert nowhere.find() == str(in_toolkit)
+    on_path = stand_in(tmp_path / "empty", "")
+    assert nowhere.find() == str(on_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="as above")
+def test_the_sanitizer_runs_each_tool_in_the_time_there_is(nowhere, tmp_path):
+    body = f"""
+tool = sys.argv[sys.argv.index('--tool') + 1]
+assert sys.argv[-2:] == ['python', 'program'] and '--error-exitcode' in sys.argv
+if tool == 'memcheck':
+    print({CLEAN!r})
+elif tool == 'racecheck':
+    print({HAZARD!r})
+    sys.exit(86)
+else:
+    import subprocess
+    subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])  # holds the pipe open
+"""
+    stand_in(tmp_path / "empty", body)
+    start = time.monotonic()
+    found = nowhere.check(4, ["python", "program"])
+    assert time.monotonic() - start < 30
+    assert [(r["tool"], r["outcome"]) for r in found["runs"]] == [
+        ("memcheck", "ran"), ("racecheck", "failed"), ("synccheck", "timed out"),
+    ]  # fmt: skip
+    assert found["line"].startswith(
+        "compute-sanitizer: memcheck ran: ERROR SUMMARY: 0 errors; racecheck failed: "
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert [r["closing"] for r in nowhere.check(0.5)["runs"]] == ["no time was left for it"] * 3
+
+
+@pytest.mark.parametrize(("outcome", "fails"), [("ran", False), ("timed out", False), ("failed", True)])
+def test_a_finding_fails_the_section(outcome, fails, tmp_path, monkeypatch):
+    from benchmarks import gpu_sections
+
+    runs = [{"tool": "memcheck", "outcome": outcome, "closing": "as it may be", "findings": []}]
+    made = {"path": "compute-sanitizer", "runs": runs, "line": "as it may be"}
+    monkeypatch.setattr(gpu_sections.gpu_sanitizer, "check", lambda seconds: made)
+    monkeypatch.setattr(gpu_sections, "SIMULATED", False)
+    monkeypatch.setattr(gpu_sections, "errors_of", lambda question, options: {"h": 0.0})
+    report = gpu_sections.Report(tmp_path / "correct.json")
+    if fails:
+        with pytest.raises(SystemExit, match="memcheck"):
+            gpu_sections.correct(report)
+    else:
+        gpu_sections.correct(report)
+    written = json.loads((tmp_path / "correct.json").read_text())
+    assert written["sanitizer"] == made and written["lines"][-1] == "as it may be"
+
+
+def test_simulated_there_is_nothing_for_the_sanitizer(tmp_path, monkeypatch):
+    from benchmarks import gpu_sections
+
+    monkeypatch.setattr(gpu_sections, "SIMULATED", True)
+    monkeypatch.setattr(gpu_sections, "errors_of", lambda question, options: {"h": 0.0})
+    gpu_sections.correct(gpu_sections.Report(tmp_path / "correct.json"))
+    written = json.loads((tmp_path / "correct.json").read_text())
+    assert written["lines"][-1] == "compute-sanitizer: absent (simulated)"
 
 
 @pytest.mark.parametrize("report", [made_up(), {}], ids=["made up", "empty"])

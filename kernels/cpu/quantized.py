@@ -611,10 +611,6 @@ def _prepare(
     T, B, I, H, O = check_forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, None, projection
     )
-    if min(T, B, I, H, O) < 1:
-        raise ValueError(
-            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
-        )
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once)
     if x.dtype != np.float32 or (I > 1 and x.strides[2] != 4):
         x = np.ascontiguousarray(x, np.float32)

@@ -174,11 +174,6 @@ def _prepare(
     T, B, I, H, Q = check_forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
-    if min(T, B, I, H, Q) < 1:
-        raise ValueError(
-            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
-            + (f" and an output of {Q}" if cell.projects else "")
-        )
     check_precision(precision, ("float32", "bfloat16"))
     precision = amx.precision_of(precision, B)
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)

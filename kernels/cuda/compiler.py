@@ -101,7 +101,8 @@ def linked(ptx: str, arch: tuple[Any, ...]) -> tuple[str, bytes]:
 
 def _hash_of_sources() -> str:
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here / "persistent" / "compile.py", here.parent / "derive.py"]
+    files = [*sorted(here.glob("*.py")), *(here / "persistent" / n for n in ("compile.py", "places.py"))]
+    files.append(here.parent / "derive.py")
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..rounding import operand
+from . import blas
 from . import math as cuda_math
 from .compiler import Kernel, cubin
 
@@ -191,14 +192,6 @@ def _simulated_array() -> Any:
     return type(cuda.to_device(np.zeros(1)))
 
 
-# Of cuBLAS' and CUDA's headers (cublas_api.h, library_types.h): operations, types of elements and of sums.
-_N, _T = 0, 1
-_ELEMENT = {"float32": 0, "float64": 1, "uint16": 14}  # CUDA_R_32F, CUDA_R_64F, CUDA_R_16BF
-_COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70
-_DEFAULT_ALGORITHM = -1
-_SCALARS = {
-    d: (np.zeros(1, d), np.ones(1, d)) for d in ("float32", "float64")
-}  # beta and alpha, read from the host
 _NUMBERS = {"int": np.int32, "index": np.int64, "word": np.uint32}
 
 
@@ -257,30 +250,21 @@ class Gpu(Device):
     def product(
         self, a: Any, b: Any, c: Any, *, ta: bool = False, tb: bool = False, accumulate: bool = False, tf32: bool = False
     ) -> Product:  # fmt: skip
-        from cupy_backends.cuda.libs import cublas
+        from cupy.cuda import cublas
 
         for m in (a, b, c):
             assert m.flags.c_contiguous
         _, M, N = c.shape
         K = a.shape[1] if ta else a.shape[2]
-        dtype = c.dtype.name
-        compute = _COMPUTE_64F if dtype == "float64" else _COMPUTE_32F
-        if tf32 and a.dtype == np.float32:
-            compute = _COMPUTE_32F_FAST_TF32
-        zero, one = (s.ctypes.data for s in _SCALARS[dtype])
-        beta = one if accumulate else zero
-        handle, gemm = self.xp.cuda.get_cublas_handle(), cublas.gemmEx
-        a0, b0, c0 = a.data.ptr, b.data.ptr, c.data.ptr
+        found = blas.product(
+            cublas.gemmEx, self.xp.cuda.get_cublas_handle(), (M, N, K),
+            blas.Operand(a.data.ptr, a.dtype.name, a.shape[2], ta), blas.Operand(b.data.ptr, b.dtype.name, b.shape[1], tb),
+            blas.Operand(c.data.ptr, c.dtype.name, N), accumulate=accumulate, tf32=tf32,
+        )  # fmt: skip
         a_step, c_step = a.strides[0], c.strides[0]
-        types = _ELEMENT[a.dtype.name], _ELEMENT[b.dtype.name], _ELEMENT[dtype]
-        lda, ldb = a.shape[2], b.shape[1]
 
-        # cuBLAS reads columns: row-major c = a b is its c' = b' a', with each matrix as it lies.
         def run(i: int, j: int) -> None:
-            gemm(
-                handle, _T if tb else _N, _T if ta else _N, N, M, K, one, b0, types[1], ldb,
-                a0 + i * a_step, types[0], lda, beta, c0 + j * c_step, types[2], N, compute, _DEFAULT_ALGORITHM,
-            )  # fmt: skip
+            found(i * a_step, j * c_step)
 
         run.keeps = (a, b, c)  # type: ignore[attr-defined] # an address is good while its array lives
         return run

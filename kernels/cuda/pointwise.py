@@ -173,7 +173,7 @@ def _rows_kernel(name: str, signature: tuple[Parameter, ...], body: str, dtype: 
 
 _SIZES = parameters(index="M F")
 
-_SOFTMAX = """
+_EXPONENTIALS = """
     top = x[b * F]
     over columns:
         top = maximum(top, x[b * F + j])
@@ -182,6 +182,9 @@ _SOFTMAX = """
     over columns:
         total += exp(x[b * F + j] - top)
     total = block_sum(total, part, i)
+"""  # their sum, over e^top
+
+_SOFTMAX = f"""{_EXPONENTIALS}
     over columns:
         y[b * F + j] = exp(x[b * F + j] - top) / total
 """
@@ -195,15 +198,7 @@ _SOFTMAX_GRADIENT = """
         dx[b * F + j] = y[b * F + j] * (dy[b * F + j] - total)
 """
 
-_CROSS_ENTROPY = """
-    top = x[b * F]
-    over columns:
-        top = maximum(top, x[b * F + j])
-    top = block_maximum(top, part, i)
-    total = K(0)
-    over columns:
-        total += exp(x[b * F + j] - top)
-    total = block_sum(total, part, i)
+_CROSS_ENTROPY = f"""{_EXPONENTIALS}
     if i == 0:
         stats[b * 2] = top
         stats[b * 2 + 1] = total

@@ -2,7 +2,8 @@
 
 Memory is addressed as (pointer, index): a pointer to a flat array and an element's number. Arrays of registers
 (`cuda.local.array`) are addressed by literal numbers, so that each element is a register from the first pass of the
-compiler on; as loops to be unrolled the same kernels took it minutes.
+compiler on; as loops to be unrolled the same kernels took it minutes. What the text would repeat for each register is one
+intrinsic that repeats itself: most of a compilation is Numba's work on each call in the text.
 
 The same kernel text runs on a GPU, where a value is one thread's number, and in the emulator of the tests
 (tests/gpu/emulator.py), which has a function of each name below for the 32 lanes of a warp at once.
@@ -20,6 +21,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
+from .persistent.places import left, multiplied, polled
+
 __all__ = [
     "absent",
     "absolute",
@@ -29,6 +32,7 @@ __all__ = [
     "divide",
     "ex2",
     "fma",
+    "leave",
     "lg2",
     "load1",
     "load2",
@@ -39,17 +43,19 @@ __all__ = [
     "mma_float32",
     "mma_tf32",
     "pack_bf16",
-    "peek",
-    "poll4",
+    "poll",
     "publish1",
     "publish2",
     "publish4",
+    "quotient",
     "rcp",
     "sqrt",
     "store2",
     "tf32",
-    "weights4",
+    "weary",
+    "weights",
     "where",
+    "zero",
 ]
 
 I1: Any = ir.IntType(1)
@@ -146,35 +152,52 @@ def _plain(name: str, returned: Any, ins: tuple[Any, ...], build: Any) -> Any:
     return _function(name, len(ins), impl)
 
 
-def _element(context: Any, builder: Any, array_type: Any, array: Any, i: int) -> Any:
-    """The address of an array of registers' element."""
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [ir.Constant(I64, i)])
+def _elements(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """The addresses of an array's elements by their numbers, which may be a register's or a value."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return lambda i: builder.gep(data, [ir.Constant(I64, i) if isinstance(i, int) else i])
 
 
-def _into_registers(name: str, text: str, effect: bool) -> Any:
-    """name(registers, i, pointer, index): four words from memory into registers i to i + 3."""
+def _four(builder: Any, text: str, effect: bool, pointer: Any, index: Any, to: list[Any]) -> None:
+    """Four words from memory into registers, whose addresses are `to`."""
+    address = builder.ptrtoint(builder.gep(pointer, [index]), I64)
+    function = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64])
     constraints = "=r,=r,=r,=r,l" + ",~{memory}" * effect
-
-    def impl(registers: Any, i: Any, pointer: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            address = builder.ptrtoint(builder.gep(arguments[2], [arguments[3]]), I64)
-            function = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64])
-            value = builder.call(ir.InlineAsm(function, text, constraints, side_effect=effect), [address])
-            for k in range(4):
-                to = _element(context, builder, signature.args[0], arguments[0], i.literal_value + k)
-                builder.store(builder.extract_value(value, k), to)
-            return context.get_dummy_value()
-
-        return types.void(registers, i, pointer, i64), codegen
-
-    return _function(name, 4, impl, (1,))
+    value = builder.call(ir.InlineAsm(function, text, constraints, side_effect=effect), [address])
+    for k, place in enumerate(to):
+        builder.store(builder.extract_value(value, k), place)
 
 
-# Weights: nobody writes them while the kernel runs, and each is read once.
-weights4: Any = _into_registers("weights4", "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", False)
+def _weights(registers: Any, count: Any, pointer: Any, index: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = _elements(context, builder, registers, arguments[0])
+        for k in range(count.literal_value):
+            at = builder.add(arguments[3], ir.Constant(I64, 128 * k))
+            to = [element(4 * k + i) for i in range(4)]
+            _four(builder, "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", False, arguments[2], at, to)
+        return context.get_dummy_value()
+
+    return types.void(registers, count, pointer, i64), codegen
+
+
+def _poll(registers: Any, pointer: Any, index: Any, *shape: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = _elements(context, builder, registers, arguments[0])
+        for k, offset in enumerate(polled(*(n.literal_value for n in shape))):
+            at = builder.add(arguments[2], ir.Constant(I64, offset))
+            to = [element(4 * k + i) for i in range(4)]
+            _four(builder, "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [$4];", True, arguments[1], at, to)
+        return context.get_dummy_value()
+
+    return types.void(registers, pointer, i64, *shape), codegen
+
+
+# weights(registers, count, pointer, index): `count` loads of four words, 128 words apart: a warp's lanes have four each.
+# Nobody writes them while the kernel runs, and each is read once.
+weights: Any = _function("weights", 4, _weights, (1,))
+# poll(registers, pointer, index, tiles, chunks, halves, row words): loads of four words at the places `polled` gives.
 # Exchange between blocks: relaxed, in L2; whether a word is there is read off the word itself.
-poll4: Any = _into_registers("poll4", "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [$4];", True)
-peek: Any = _memory("peek", "ld.relaxed.gpu.global.u32 $0, [$1];", u32, 1, 0, True)
+poll: Any = _function("poll", 7, _poll, (3, 4, 5, 6))
 publish1: Any = _memory("publish1", "st.relaxed.gpu.global.u32 [$0], $1;", u32, 0, 1, True)
 publish2: Any = _memory("publish2", "st.relaxed.gpu.global.v2.u32 [$0], {$1,$2};", u32, 0, 2, True)
 publish4: Any = _memory("publish4", "st.relaxed.gpu.global.v4.u32 [$0], {$1,$2,$3,$4};", u32, 0, 4, True)
@@ -207,41 +230,64 @@ def _whole(b: Any, word: Any) -> Any:
 
 
 def _mma(name: str, shape: str, parts: tuple[tuple[Any, Any], ...]) -> Any:
-    """name(sums, o, x, i0, i1, i2, i3, y, k0, k1): registers o to o + 3 of `sums` += the product of a 16 x k tile, in
-    registers i0 to i3 of x, and a k x 8 tile, in k0 and k1 of y; a register -1 is zeros. Once for each of `parts`, a pair of
-    functions that make an operand of a word."""
+    """name(sums, weights, words, first chunk, chunks, rows of sums, tiles, halves): the products at the places `multiplied`
+    gives. Each adds to four sums that of a 16 x k tile, in four registers, and a k x 8 tile, in two; a register -1 is
+    zeros. Once for each of `parts`, a pair of functions that make an operand of a word."""
     text = f"mma.sync.aligned.{shape} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
     constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
     function = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)
 
-    def impl(sums: Any, o: Any, x: Any, i0: Any, i1: Any, i2: Any, i3: Any, y: Any, k0: Any, k1: Any) -> Any:
+    def impl(sums: Any, weights: Any, words: Any, *shape: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            def words(which: int, places: tuple[Any, ...]) -> list[Any]:
-                return [
-                    builder.load(
-                        _element(context, builder, signature.args[which], arguments[which], n.literal_value)
-                    )
-                    if n.literal_value >= 0
-                    else ir.Constant(I32, 0)
-                    for n in places
-                ]
-
-            first, second = words(2, (i0, i1, i2, i3)), words(7, (k0, k1))
-            to = [_element(context, builder, sums, arguments[0], o.literal_value + k) for k in range(4)]
-            values = [builder.load(p) for p in to]
-            for of_first, of_second in parts:
-                operands = [*(of_first(builder, w) for w in first), *(of_second(builder, w) for w in second)]
-                asm = ir.InlineAsm(function, text, constraints, side_effect=False)
-                made = builder.call(asm, [*operands, *values])
-                values = [builder.extract_value(made, k) for k in range(4)]
-            for p, v in zip(to, values, strict=True):
-                builder.store(v, p)
+            acc, a, b = (
+                _elements(context, builder, t, v)
+                for t, v in zip((sums, weights, words), arguments, strict=False)
+            )
+            if shape[-1].literal_value:  # backward the words from other blocks are the first operand
+                a, b = b, a
+            load = lambda of, i: builder.load(of(i)) if i >= 0 else ir.Constant(I32, 0)
+            asm = ir.InlineAsm(function, text, constraints, side_effect=False)
+            for o, first, second in multiplied(*(n.literal_value for n in shape)):
+                x, y = [load(a, i) for i in first], [load(b, i) for i in second]
+                values = [builder.load(acc(o + k)) for k in range(4)]
+                for of_x, of_y in parts:
+                    operands = [*(of_x(builder, w) for w in x), *(of_y(builder, w) for w in y)]
+                    made = builder.call(asm, [*operands, *values])
+                    values = [builder.extract_value(made, k) for k in range(4)]
+                for k, v in enumerate(values):
+                    builder.store(v, acc(o + k))
             return context.get_dummy_value()
 
-        return types.void(sums, o, x, i0, i1, i2, i3, y, k0, k1), codegen
+        return types.void(sums, weights, words, *shape), codegen
 
-    return _function(name, 10, impl, (1, 3, 4, 5, 6, 8, 9))
+    return _function(name, 8, impl, (3, 4, 5, 6, 7))
 
+
+def _zero(registers: Any, count: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = _elements(context, builder, registers, arguments[0])
+        for k in range(count.literal_value):
+            builder.store(ir.Constant(F32, 0.0), element(k))
+        return context.get_dummy_value()
+
+    return types.void(registers, count), codegen
+
+
+def _leave(pool: Any, index: Any, sums: Any, *shape: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        acc = _elements(context, builder, sums, arguments[2])
+        shared = _elements(context, builder, pool, arguments[0])
+        for offset, k in left(*(n.literal_value for n in shape)):
+            at = builder.add(arguments[1], ir.Constant(I64, offset))
+            builder.store(builder.load(acc(k)), shared(at))
+        return context.get_dummy_value()
+
+    return types.void(pool, i64, sums, *shape), codegen
+
+
+zero: Any = _function("zero", 2, _zero, (1,))  # zero(registers, count): the first `count` are 0.0
+# leave(pool, index, sums, tiles, rows of sums, pitch, halves): sums into shared memory, at the places `left` gives.
+leave: Any = _function("leave", 7, _leave, (3, 4, 5, 6))
 
 # Products of a 16 x k and a k x 8 tile, k 16 or 8, held in a warp's registers; the sums are float32. A float32 product is
 # three tf32 ones, the smallest first; the product of both low parts is beyond float32's digits.
@@ -271,13 +317,18 @@ clean: Any = _plain("clean", u32, (u32,), _clean)  # a NaN that reads as ABSENT 
 clamp: Any = _plain(
     "clamp", i64, (i64, i64), lambda b, i, n: _within(b, i, n)
 )  # an index below n: the last where it isn't
+# quotient(i, n): of numbers of blocks, with 32 bits; 64 would call a function.
+quotient: Any = _plain(
+    "quotient", i64, (i64, i64), lambda b, i, n: b.zext(b.udiv(b.trunc(i, I32), b.trunc(n, I32)), I64)
+)
 
 
 def _absent(registers: Any, count: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         worst = None  # the largest word
+        element = _elements(context, builder, registers, arguments[0])
         for k in range(count.literal_value):
-            word = builder.load(_element(context, builder, registers, arguments[0], k))
+            word = builder.load(element(k))
             worst = (
                 word
                 if worst is None
@@ -292,6 +343,34 @@ def _absent(registers: Any, count: Any) -> Any:
 # warp's lanes meet in mma.sync, which waits for all of them. A vote or bar.warp.sync would on 8.0 hold a call for lanes that
 # have come apart, which is never taken, but around which registers are spilled.
 absent: Any = _function("absent", 2, _absent, (1,))
+
+EVERY = 64  # looks between glances at the other blocks' trouble
+
+
+def _weary(spins: Any, limit: Any, failed: Any, errors: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        looks, most, gave_up, pointer = arguments
+        text, zero = "ld.relaxed.gpu.global.u32 $0, [$1];", ir.Constant(I64, 0)
+        spent = builder.icmp_signed(">=", looks, most)
+        due = builder.icmp_signed("==", builder.and_(looks, ir.Constant(I64, EVERY - 1)), zero)
+        before = builder.block
+        with builder.if_then(builder.or_(spent, due)):
+            asm = ir.InlineAsm(ir.FunctionType(I32, [I64]), text, "=r,l,~{memory}", side_effect=True)
+            others = builder.call(asm, [builder.ptrtoint(pointer, I64)])
+            bad = builder.icmp_unsigned("!=", others, ir.Constant(I32, 0))
+            bad = builder.or_(bad, builder.or_(spent, builder.icmp_signed("!=", gave_up, zero)))
+            word, glance = builder.zext(bad, I32), builder.block
+        answer = builder.phi(I32)
+        answer.add_incoming(ir.Constant(I32, 0), before)
+        answer.add_incoming(word, glance)
+        return answer
+
+    return u32(i64, i64, i64, errors), codegen
+
+
+# weary(spins, limit, failed, errors): whether to look no more, after `spins` looks: they are `limit`, this warp has failed
+# before, or, at every 64th, another block has.
+weary: Any = _function("weary", 4, _weary)
 
 # Arithmetic: the special function unit's approximations (2 units in the last place, PTX ISA), and what keeps a NaN.
 ex2: Any = _register("ex2", "ex2.approx.f32 $0, $1;", (f32,), (f32,))

@@ -169,11 +169,6 @@ def _question(places: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ..
     shape = check_forward(*places, *rest)
     precision = options.get("precision", "float32")
     check_precision(precision)
-    if min(shape) < 1:
-        raise ValueError(
-            f"sequence: steps, batch, inputs and units must all be at least 1, got {shape[:4]}"
-            + (f" and an output of {shape[4]}" if cell.projects else "")
-        )
     dtype = np.dtype(kernel.dtype).name
     if dtype not in steps.DTYPES:
         raise ValueError(f"kernel: expected float32 or float64, got {dtype}")

@@ -204,12 +204,7 @@ def forward(
     shape = check_forward(
         cell, x, kernel, recurrent_kernel, bias, params, state, valid, aux, recurrent_mask, projection
     )
-    T, B, I, H, P = shape
-    if min(shape) < 1:
-        raise ValueError(
-            f"sequence: steps, batch, inputs and units must all be at least 1, got {(T, B, I, H)}"
-            + (f" and an output of {P}" if cell.projects else "")
-        )
+    T, B, I, H, _ = shape
     check_precision(precision)
     dtype = np.dtype(kernel.dtype).name
     if dtype not in DTYPES:

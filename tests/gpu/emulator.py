@@ -11,11 +11,12 @@ where one has to look for its words again, all do.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from numlstm.kernels.cuda.persistent.places import left, multiplied, polled
 from numlstm.kernels.cuda.persistent.product import ABSENT, numbers
 
 __all__ = ["Device", "Hang", "Misuse", "run"]
@@ -127,13 +128,13 @@ def _bf16(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _mma(multiply: Callable[..., np.ndarray]) -> Callable[..., None]:
     """What a warp's matrix instruction does to its registers; see ptx.py for the arguments."""
 
-    def mma(
-        sums: Local, o: int, x: Local, i0: int, i1: int, i2: int, i3: int, y: Local, k0: int, k1: int
-    ) -> None:
-        first = [x[i] if i >= 0 else np.zeros(32, np.uint32) for i in (i0, i1, i2, i3)]
-        D = multiply(first, [y[k0], y[k1]]).astype(np.float32)
-        for k in range(4):
-            sums[o + k] = sums[o + k] + D[G + 8 * (k // 2), 2 * Q + k % 2]
+    def mma(sums: Local, weights: Local, words: Local, *shape: int) -> None:
+        x, y = (words, weights) if shape[-1] else (weights, words)
+        for o, first, second in multiplied(*shape):
+            a = [x[i] if i >= 0 else np.zeros(32, np.uint32) for i in first]
+            D = multiply(a, [y[k] for k in second]).astype(np.float32)
+            for k in range(4):
+                sums[o + k] = sums[o + k] + D[G + 8 * (k // 2), 2 * Q + k % 2]
 
     return mma
 
@@ -196,9 +197,28 @@ def _low(word: Any) -> np.ndarray:
     return value.view(np.uint32) & np.uint32(0xFFFFE000)
 
 
-def _into(registers: Local, i: int, words: list[np.ndarray]) -> None:
-    for k, word in enumerate(words):
-        registers[i + k] = word
+def _weights(registers: Local, count: int, pointer: Global, at: Any) -> None:
+    _loads(registers, pointer, at, range(0, 128 * count, 128))
+
+
+def _poll(registers: Local, pointer: Global, at: Any, *shape: int) -> None:
+    _loads(registers, pointer, at, polled(*shape))
+
+
+def _loads(registers: Local, pointer: Global, at: Any, offsets: Iterable[int]) -> None:
+    for n, offset in enumerate(offsets):
+        for k, word in enumerate(pointer.load(at + offset, 4, np.uint32)):
+            registers[4 * n + k] = word
+
+
+def _zero(registers: Local, count: int) -> None:
+    for k in range(count):
+        registers[k] = 0
+
+
+def _leave(pool: SharedView, at: Any, sums: Local, *shape: int) -> None:
+    for offset, k in left(*shape):
+        pool[at + offset] = sums[k]
 
 
 def _f32(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,13 +237,17 @@ NAMES: dict[str, Any] = {
     "float32": np.float32,
     "uint32": np.uint32,
     "K": np.float32,
-    "weights4": lambda r, i, p, at: _into(r, i, p.load(at, 4, np.uint32)),
+    "weights": _weights,
     "load1": lambda p, i: p.load(i, 1, np.float32)[0],
     "load2": lambda p, i: p.load(i, 2, np.float32),
     "load4": lambda p, i: p.load(i, 4, np.float32),
-    "poll4": lambda r, i, p, at: _into(r, i, p.load(at, 4, np.uint32)),
+    "poll": _poll,
+    "zero": _zero,
+    "leave": _leave,
     "store2": _store2,
-    "peek": lambda p, i: int(p.array[i]),
+    "weary": lambda spins, limit, failed, errors: int(
+        spins >= limit or (spins % 64 == 0 and (failed != 0 or errors.array[0] != 0))
+    ),
     "mma_bfloat16": _mma(_bfloat16_tile),
     "mma_tf32": _mma(_tf32_tile),
     "mma_float32": _mma(_float32_tile),
@@ -232,6 +256,7 @@ NAMES: dict[str, Any] = {
     "bits": _bits,
     "clean": lambda w: np.where(w == ABSENT, np.uint32(0x7FFF7FFF), w),
     "clamp": lambda i, n: np.minimum(i, n - 1),
+    "quotient": lambda i, n: i // n,
     "absent": lambda r, count: int(
         (r.rows[:count] == ABSENT).any()
     ),  # the warp looks again for the sake of one lane

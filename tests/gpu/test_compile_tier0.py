@@ -7,11 +7,11 @@ answered here. NVIDIA's cuobjdump and nvdisasm read the binaries.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from machine_code import tool, usage
 
 from numlstm.kernels import cells
 from numlstm.kernels.cuda import cells as cuda_cells
@@ -57,24 +57,14 @@ def architecture(request):
     return request.param
 
 
-def tool(name: str, *arguments: str) -> str:
-    import nvidia
-
-    found = [p for folder in nvidia.__path__ for p in Path(folder).glob(f"*/bin/{name}*")]
-    assert found, f"{name} is not installed: pip install 'numlstm[gpu-test]'"
-    return subprocess.run([str(found[0]), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def check(kernel: compiler.Kernel, arch: tuple, folder: Path) -> None:
     entry, binary = compiler.compile_cubin(kernel, arch)
     file = folder / "kernel.cubin"
     file.write_bytes(binary)
-    usage = re.findall(
-        r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", tool("cuobjdump", "-res-usage", str(file))
-    )
-    assert usage and max(int(registers) for registers, *_ in usage) <= 128, f"{kernel.name}: {usage}"
-    assert all((stack, local) == ("0", "0") for _, stack, _, local in usage), f"{kernel.name}: {usage}"
-    code = tool("nvdisasm", "-c", str(file))
+    used = usage(file)
+    assert used and max(registers for registers, *_ in used) <= 128, f"{kernel.name}: {used}"
+    assert all(stack == local == 0 for _, stack, _, local in used), f"{kernel.name}: {used}"
+    code = tool("nvdisasm", "-c", file)
     assert entry in code
     assert not re.search(r"\b(LDL|STL)\b", code), f"{kernel.name} spills"
     if kernel.dtype == "float32":

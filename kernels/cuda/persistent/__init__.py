@@ -6,7 +6,8 @@ its threads' registers for the whole sequence, and what travels at every step is
 
 - plan.py: how units and batch are dealt to blocks, what fits, what pays, and the table that says so.
 - equations.py: a cell's equations as lines of a kernel. product.py: the recurrent product, on tensor cores by inline PTX
-  (../ptx.py), the waiting for other blocks, and the order of the weights. emit.py: the two kernels' text.
+  (../ptx.py), the waiting for other blocks, and the order of the weights; places.py: which registers and words its
+  intrinsics touch. emit.py: the two kernels' text.
 - sequence.py: the contract of a sequence around them. compile.py: text to machine code. device.py: a GPU.
 
 The exchange. Blocks do not meet at a barrier of the grid. Room for what they hand each other is filled beforehand with a

@@ -27,7 +27,7 @@ def kinds(names: list[str]) -> str:
     """One letter for each of a kernel's arguments (emit.py): pointers to "u" uint32, "f" float32, "b" uint8; "i" numbers."""
     words = ("W", "F", "DG", "DX", "E")
     letter = lambda n: "u" if n in words else "b" if n == "VALID" else "f"
-    return "".join("i" if n in ("T", "B", "limit") or "_" in n else letter(n) for n in names)
+    return "".join("i" if n in ("T", "B", "groups", "limit") or "_" in n else letter(n) for n in names)
 
 
 @cache

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from .. import blas
 from .compile import build, kinds
 
-__all__ = ["Device", "blas_order"]
+__all__ = ["Device"]
 
-# Constants of cuBLAS and of the CUDA runtime's library_types.h.
-REAL_32, REAL_BFLOAT16, DEFAULT_ALGORITHM = 0, 14, -1
 LEGACY_STREAM = 1  # cudaStreamLegacy: CuPy's default stream by a handle that is not null
-COMPUTE = {"float32": 68, "tf32": 77, "bfloat16": 68}  # CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32
 
 
 class Device:
@@ -39,7 +37,7 @@ class Device:
 
         self.index: int = index
         self.xp: Any = cupy
-        self._driver, self._core, self._cublas = driver, cuda.core, cublas
+        self._driver, self._core, self._gemm = driver, cuda.core, cublas.gemmEx
         cuda.core.Device(index).set_current()
         attributes = cupy.cuda.Device(index).attributes
         self.sms: int = attributes["MultiProcessorCount"]
@@ -58,13 +56,10 @@ class Device:
 
     def product(self, a: Any, b: Any, out: Any, precision: str) -> None:
         """out (M, N) = a (M, K) b (K, N): float32, or uint16 holding bfloat16; rows or columns of a and b are contiguous."""
-        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-        kind = REAL_BFLOAT16 if precision == "bfloat16" else REAL_32
-        (turn_b, step_b), (turn_a, step_a), (n, m, k) = blas_order(a, b)
-        self._cublas.gemmEx(
-            self.xp.cuda.device.get_cublas_handle(), turn_b, turn_a, n, m, k, one.ctypes.data, b.data.ptr, kind, step_b,
-            a.data.ptr, kind, step_a, zero.ctypes.data, out.data.ptr, REAL_32, n, COMPUTE[precision], DEFAULT_ALGORITHM,
-        )  # fmt: skip
+        handle, sizes = self.xp.cuda.device.get_cublas_handle(), (*out.shape, a.shape[1])
+        whole = blas.Operand(out.data.ptr, "float32", out.shape[1])
+        tf32 = precision == "tf32"
+        blas.product(self._gemm, handle, sizes, blas.lying(a), blas.lying(b), whole, tf32=tf32)(0, 0)
 
     def _load(self, text: str, arguments: str, warps: int, shared: int) -> tuple[Any, int]:
         """A kernel ready to launch, and how many of its blocks a multiprocessor holds."""
@@ -119,25 +114,3 @@ class Device:
             event, errors, look = self._pending.popleft()
             event.synchronize()
             look(errors.get(stream=self._reading))
-
-
-def blas_order(a: Any, b: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int]]:
-    """How cuBLAS, to which columns are contiguous, computes a (M, K) b (K, N): as b' a', giving the result's transpose.
-
-    Returns (turn, step) of b and of a, whether it must transpose what it sees and the distance of that one's columns, and
-    (N, M, K).
-
-    >>> a, b = np.zeros((2, 3), "f"), np.zeros((5, 3), "f").T
-    >>> blas_order(a, b)
-    ((1, 3), (0, 3), (5, 2, 3))
-    """
-
-    def seen(x: Any) -> tuple[int, int]:
-        size = x.dtype.itemsize
-        if x.strides[1] == size or x.shape[1] == 1:
-            return 0, max(x.strides[0] // size, x.shape[1])
-        if x.strides[0] == size or x.shape[0] == 1:
-            return 1, max(x.strides[1] // size, x.shape[0])
-        raise ValueError(f"a product's operand: expected contiguous rows or columns, got strides {x.strides}")
-
-    return seen(b), seen(a), (b.shape[1], *a.shape)

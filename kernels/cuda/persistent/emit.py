@@ -21,7 +21,8 @@ from functools import cache
 
 from ...derive import Cell
 from .equations import inline
-from .plan import CHUNK, WARP, WORDS, Plan
+from .places import CHUNK
+from .plan import WARP, WORDS, Plan
 from .product import Text, declare, load_weights, wait_and_multiply
 
 __all__ = ["Options", "backward_text", "forward_text"]
@@ -82,9 +83,11 @@ def _head(name: str, arguments: Sequence[str], plan: Plan) -> Text:
         "block = cuda.blockIdx.x",
         "g = lane // 4",
         "q = lane % 4",
-        f"j = block % {plan.blocks}",
-        f"d = block // {plan.blocks * plan.groups}",
-        f"first = block // {plan.blocks} % {plan.groups} * {plan.tile}",
+        f"part = quotient(block, {plan.blocks})",
+        f"j = block - part * {plan.blocks}",
+        "d = quotient(part, groups)",
+        f"first = (part - d * groups) * {plan.tile}",
+        f"rows = groups * {plan.tile}",
         "step = 0",
     )
     text("pool = cuda.shared.array(0, float32)")
@@ -116,7 +119,11 @@ def forward_arguments(cell: Cell, options: Options) -> list[str]:
     names += _strided("MASK") if options.dropout else []
     names += [n for k in range(len(cell.stages[0].aux)) for n in _strided(f"AUX{k}")]
     names += ["F", *(f"Q{k}" for k in range(len(cell.state)) if k == 0 or options.training), "FINAL"]
-    return names + (["SAVED"] if options.training and cell.stages[0].saved else []) + ["E", "T", "B", "limit"]
+    return (
+        names
+        + (["SAVED"] if options.training and cell.stages[0].saved else [])
+        + ["E", "T", "B", "groups", "limit"]
+    )
 
 
 @cache
@@ -147,7 +154,7 @@ def forward_text(cell: Cell, plan: Plan, options: Options) -> str:
         text(*(f"valid{p} = 1" for p in range(cells.count)))
 
     def load_inputs(p: int, step: str) -> None:
-        at = f"((d * T + {step}) * {plan.rows} + row{p}) * {Hp * nx} + unit * {nx}"
+        at = f"((d * T + {step}) * rows + row{p}) * {Hp * nx} + unit * {nx}"
         text(*_vector("load", "X", at, [f"x{p}{e}_{k}" for e in range(2) for k in range(nx)]))
         if options.masked:
             text(f"valid{p} = VALID[(d * T + {step}) * B + from{p}]")
@@ -163,7 +170,7 @@ def forward_text(cell: Cell, plan: Plan, options: Options) -> str:
             if plan.padded != plan.H:
                 fed = f"where(unit + {e} < {plan.H}, {fed}, float32(0))"
             text(f"fed{p}{e} = {fed}")
-        at = f"((d * T + {step}) * {plan.rows} + row{p}) * {plan.row_words} + unit // {WORDS[plan.precision]}"
+        at = f"((d * T + {step}) * rows + row{p}) * {plan.row_words} + unit // {WORDS[plan.precision]}"
         if plan.precision == "bfloat16":
             text(f"publish1(F, {at}, clean(pack_bf16(fed{p}0, fed{p}1)))")
         else:
@@ -181,7 +188,7 @@ def forward_text(cell: Cell, plan: Plan, options: Options) -> str:
                     text(f"mask{p}{e} = load1(MASK, {_per_step('MASK', '0', p, e)})")
             publish(p, "0")
             for k in range(states if options.training else 1):
-                at = f"(d * (T + 1) * {plan.rows} + row{p}) * {Hp} + unit"
+                at = f"(d * (T + 1) * rows + row{p}) * {Hp} + unit"
                 text(f"store2(Q{k}, {at}, s{p}0_{k}, s{p}1_{k})")
             load_inputs(p, "0")
 
@@ -189,7 +196,7 @@ def forward_text(cell: Cell, plan: Plan, options: Options) -> str:
         size = plan.shared // 8
         text(f"red = step % 2 * {size}")
         text(
-            f"at = ((d * T + step) * {plan.rows} + first + g) * {plan.row_words} + w * {plan.chunks * CHUNK} + q * 4"
+            f"at = ((d * T + step) * rows + first + g) * {plan.row_words} + w * {plan.chunks * CHUNK} + q * 4"
         )
         wait_and_multiply(text, plan, "F", back=False)
         text("dead = cuda.syncthreads_or(failed)")
@@ -204,21 +211,21 @@ def forward_text(cell: Cell, plan: Plan, options: Options) -> str:
                 with text.block("if step + 1 < T:"):
                     publish(p, "step + 1")
                 for k in range(states if options.training else 1):
-                    at = f"((d * (T + 1) + step + 1) * {plan.rows} + row{p}) * {Hp} + unit"
+                    at = f"((d * (T + 1) + step + 1) * rows + row{p}) * {Hp} + unit"
                     text(f"store2(Q{k}, {at}, s{p}0_{k}, s{p}1_{k})")
                 if options.training:
                     for k in range(stage.saved):
-                        at = f"(((d * T + step) * {plan.rows} + row{p}) * {stage.saved} + {k}) * {Hp} + unit"
+                        at = f"(((d * T + step) * rows + row{p}) * {stage.saved} + {k}) * {Hp} + unit"
                         text(f"store2(SAVED, {at}, {kept[0][k]}, {kept[1][k]})")
                 with text.block("if step + 1 < T:"):
                     load_inputs(p, "(step + 1)")
     for p in range(cells.count):
         with text.block(f"if w < {cells.active[p]}:"):
             for k in range(states):
-                at = f"((d * {states} + {k}) * {plan.rows} + row{p}) * {Hp} + unit"
+                at = f"((d * {states} + {k}) * rows + row{p}) * {Hp} + unit"
                 text(f"store2(FINAL, {at}, s{p}0_{k}, s{p}1_{k})")
     assert nh
-    return "\n".join(text.lines) + "\n"
+    return str(text)
 
 
 def _sums_forward(text: Text, plan: Plan, p: int) -> None:
@@ -263,7 +270,7 @@ def backward_arguments(cell: Cell, options: Options) -> list[str]:
     names += [f"Q{k}" for k in range(len(cell.state))] + (["SAVED"] if stage.saved else [])
     names += [f"UP{k}" for k, there in enumerate(options.upstream) if there]
     names += ["DFINAL", "DG", *(["DX"] if separate(cell) else []), "D0", *(["DBIAS"] if options.bias else [])]
-    return names + (["DPARAMS"] if cell.params else []) + ["E", "T", "B", "limit"]
+    return names + (["DPARAMS"] if cell.params else []) + ["E", "T", "B", "groups", "limit"]
 
 
 def separate(cell: Cell) -> bool:
@@ -310,11 +317,11 @@ def backward_text(cell: Cell, plan: Plan, options: Options) -> str:
 
     def load_inputs(p: int) -> None:
         for k in range(len(saved)):
-            at = f"(((d * T + t) * {plan.rows} + row{p}) * {stage.saved} + {saved[k][1:]}) * {Hp} + unit"
+            at = f"(((d * T + t) * rows + row{p}) * {stage.saved} + {saved[k][1:]}) * {Hp} + unit"
             text(f"y{p}0_{k}, y{p}1_{k} = load2(SAVED, {at})")
         for which, names, shift in (("old", old, "t"), ("new", new, "t + 1")):
             for s in names:
-                at = f"((d * (T + 1) + {shift}) * {plan.rows} + row{p}) * {Hp} + unit"
+                at = f"((d * (T + 1) + {shift}) * rows + row{p}) * {Hp} + unit"
                 text(f"{which}{p}0_{s}, {which}{p}1_{s} = load2(Q{cell.state.index(s)}, {at})")
         if options.masked:
             text(f"after{p} = valid{p}", f"valid{p} = VALID[(d * T + t) * B + from{p}]")
@@ -340,7 +347,7 @@ def backward_text(cell: Cell, plan: Plan, options: Options) -> str:
         text(f"red = step % 2 * {plan.back_shared // 8}")
         with text.block("if step > 0:"):
             words, part = plan.back_row_words, plan.back_chunks * CHUNK
-            text(f"at = ((d * T + t + 1) * {plan.rows} + first + g) * {words} + w * {part} + q * 4")
+            text(f"at = ((d * T + t + 1) * rows + first + g) * {words} + w * {part} + q * 4")
             wait_and_multiply(text, plan, "DG", back=True)
         text("dead = cuda.syncthreads_or(failed)")
         with text.block("if dead != 0:"):
@@ -356,16 +363,16 @@ def backward_text(cell: Cell, plan: Plan, options: Options) -> str:
     for p in range(cells.count):
         with text.block(f"if w < {cells.active[p]}:"):
             for k in range(states):
-                at = f"((d * {states} + {k}) * {plan.rows} + row{p}) * {Hp} + unit"
+                at = f"((d * {states} + {k}) * rows + row{p}) * {Hp} + unit"
                 text(f"store2(D0, {at}, carry{p}0_{k}, carry{p}1_{k})")
             for k in range(len(cell.params)):
-                at = f"((d * {len(cell.params)} + {k}) * {plan.rows} + row{p}) * {Hp} + unit"
+                at = f"((d * {len(cell.params)} + {k}) * rows + row{p}) * {Hp} + unit"
                 text(f"store2(DPARAMS, {at}, dparam{p}0_{k}, dparam{p}1_{k})")
             if options.bias:
                 for k in range(nx):
-                    at = f"((d * {nx} + {k}) * {plan.rows} + row{p}) * {Hp} + unit"
+                    at = f"((d * {nx} + {k}) * rows + row{p}) * {Hp} + unit"
                     text(f"store2(DBIAS, {at}, dbias{p}0_{k}, dbias{p}1_{k})")
-    return "\n".join(text.lines) + "\n"
+    return str(text)
 
 
 def _sums_backward(text: Text, plan: Plan, options: Options, p: int) -> None:
@@ -437,7 +444,7 @@ def _publish_gradients(text: Text, cell: Cell, plan: Plan, p: int) -> None:
             made = [f"clean(pack_bf16({a}, {b}))" for a, b in zip(values[::2], values[1::2], strict=True)]
         else:
             made = [f"clean({'tf32' if plan.precision == 'tf32' else 'bits'}({v}))" for v in values]
-        at = f"((d * T + t) * {plan.rows} + row{p}) * {row_words} + unit // 2 * {2 * count // per}"
+        at = f"((d * T + t) * rows + row{p}) * {row_words} + unit // 2 * {2 * count // per}"
         size = 4 if len(made) % 4 == 0 else 2 if len(made) % 2 == 0 else 1
         for k in range(0, len(made), size):
             text(f"publish{size}({pointer}, {at} + {k}, {', '.join(made[k : k + size])})")

@@ -18,15 +18,18 @@ from functools import cache
 from typing import Any
 
 from ...derive import Cell, Stage
+from .places import CHUNK
 
-__all__ = ["MODEL", "Plan", "choose", "costs", "supports", "table"]
+__all__ = ["BATCHES", "MODEL", "SIZES", "Plan", "choose", "costs", "supports", "table"]
 
-WARP, CHUNK, MAX_WARPS = 32, 16, 8
+WARP, MAX_WARPS = 32, 8
 REGISTERS = 255  # a thread, at 256 threads a block
 OTHER_REGISTERS = 52  # indices and addresses, beside what `Plan` counts
+APART = 22  # more where the gradients for x are not those for h (a GRU): some kernels that were counted at 234 spilled
 UNITS = (8, 16, 32)  # a block's units; 8 columns or rows is a matrix instruction's
 WORDS = {"bfloat16": 2, "tf32": 1, "float32": 1}  # elements a word
 SHARED_PER_BLOCK = 227 << 10  # compute capability 9.0; 163 KB on 8.0
+SIZES, BATCHES = (128, 256, 512, 650, 768, 1024, 2048), (1, 8, 16, 32, 64, 128, 256)  # of the table
 
 # Seconds and bytes a second. Rates are of one multiprocessor: an H200's published or once measured ones over its 132.
 MODEL = {
@@ -191,6 +194,7 @@ def _layout(
     nh, padded = len(stage.h_gates), -(-H // U) * U
     warps, chunks = _warps(-(-padded // per))
     back_warps, back_chunks = _warps(-(-nh * padded // per))
+    most = REGISTERS - (APART if stage.x_gates != stage.h_gates else 0)
     short = "registers"
     for in_flight in (16, 8, 4, 2):
         for back in (16, 8, 4, 2):
@@ -199,9 +203,9 @@ def _layout(
                 len(stage.aux) + 1, H, U, tile, groups, directions,
                 warps, chunks, back_warps, back_chunks, in_flight, back,
             )  # fmt: skip
-            if plan.registers() <= REGISTERS and plan.back_registers() <= REGISTERS:
+            if plan.registers() <= most and plan.back_registers() <= most:
                 return plan
-            short = f"{max(plan.registers(), plan.back_registers())} registers a thread, of {REGISTERS}"
+            short = f"{max(plan.registers(), plan.back_registers())} registers a thread, of {most}"
     return short
 
 
@@ -311,7 +315,7 @@ def supports(
 
 def table(
     cell: Cell, *, sms: int = 132, shared_per_block: int = SHARED_PER_BLOCK, directions: int = 1,
-    sizes: tuple[int, ...] = (128, 256, 512, 650, 768, 1024, 2048), batches: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256),
+    sizes: tuple[int, ...] = SIZES, batches: tuple[int, ...] = BATCHES,
 ) -> str:  # fmt: skip
     """The dispatch table as text: for each H and precision the largest batch that fits, the largest that pays, and a plan.
 

@@ -8,22 +8,25 @@ instruction's operand as it is: no shared memory, no shuffle. `pack` orders weig
 
 Waiting. A word that has not been published reads as ABSENT, all bits set, which no published word is. A lane loads all its
 words of a group, and again until none is absent; the loads of the next group are on their way meanwhile. One that has looked
-`limit` times, or sees that another block has given up, notes its step and leaves at the next barrier with its block.
+`limit` times, or sees that another block has given up, waits no more, notes its step and leaves at the next barrier with its
+block.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
-from .plan import CHUNK, WORDS, Plan
+from ...rounding import bfloat16_bits, tf32_bits
+from .places import CHUNK
+from .plan import WORDS, Plan
 
 ABSENT = 0xFFFFFFFF  # the word that stands for "not published yet"; ptx.py has it too
 
 __all__ = ["Text", "declare", "load_weights", "pack", "unpack", "wait_and_multiply"]
 
-EVERY = 64  # looks between glances at the other blocks' trouble
+_CONSTANT = re.compile(r"\b(?:K|float32)\([^()]*\)")
 
 
 class Text:
@@ -32,6 +35,14 @@ class Text:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.depth = 1
+
+    def __str__(self) -> str:
+        """The whole, with every constant made once, in front: each costs Numba about what an operation costs."""
+        head, *body = self.lines
+        constants: dict[str, str] = {}
+        name = lambda found: constants.setdefault(found[0], f"constant{len(constants)}")
+        body = [_CONSTANT.sub(name, line) for line in body]
+        return "\n".join([head, *(f"    {n} = {value}" for value, n in constants.items()), *body]) + "\n"
 
     def __call__(self, *lines: str) -> Text:
         self.lines += ["    " * self.depth + line for line in lines]
@@ -64,7 +75,7 @@ def pack(plan: Plan, weights: Any, xp: Any, *, back: bool) -> Any:
     depth = WORDS[plan.precision]  # elements a word
     warps, chunks = (plan.back_warps, plan.back_chunks) if back else (plan.warps, plan.chunks)
     width = plan.U if back else plan.M  # columns of a block, padded
-    whole = xp.zeros((warps * chunks * CHUNK * depth, plan.blocks, width), np_float32(xp))
+    whole = xp.zeros((warps * chunks * CHUNK * depth, plan.blocks, width), xp.float32)
     whole[:K, :, : columns // plan.blocks] = weights.reshape(K, plan.blocks, -1)
     # K = warp, chunk, lane q, tile s, half of the depth r, element of the word e
     whole = whole.reshape(warps, chunks, 4, 2, 2, depth, plan.blocks, width)
@@ -91,26 +102,11 @@ def unpack(plan: Plan, packed: Any, xp: Any, *, back: bool) -> Any:
     return values.reshape(warps * chunks * CHUNK * depth, plan.blocks, -1)
 
 
-def np_float32(xp: Any) -> Any:
-    return xp.float32
-
-
 def words(a: Any, precision: str, xp: Any) -> Any:
     """float32 values as operands' words, uint32; in bfloat16 two neighbours of the last axis make one."""
-    a = xp.ascontiguousarray(a)
-    whole = a.view(xp.uint32)
-    if precision == "float32":
-        return whole
-    if precision == "tf32":  # to nearest, ties away from zero, as cvt.rna does
-        return xp.where(xp.isnan(a), xp.uint32(0x7FFFE000), (whole + 0x1000) & 0xFFFFE000).astype(xp.uint32)
-    return bfloat16(a, xp).view(xp.uint32)
-
-
-def bfloat16(a: Any, xp: Any) -> Any:
-    """float32 values rounded to bfloat16, as uint16: to nearest, ties to even (rounding.py, on any array module)."""
-    whole = xp.ascontiguousarray(a).view(xp.uint32)
-    rounded = whole + (xp.uint32(0x7FFF) + ((whole >> 16) & 1))
-    return (xp.where(xp.isnan(a), xp.uint32(0x7FFF0000), rounded) >> 16).astype(xp.uint16)
+    if precision == "bfloat16":
+        return bfloat16_bits(a, xp).view(xp.uint32)
+    return tf32_bits(a, xp) if precision == "tf32" else xp.ascontiguousarray(a).view(xp.uint32)
 
 
 def numbers(a: Any, precision: str, xp: Any) -> Any:
@@ -147,21 +143,19 @@ def load_weights(text: Text, plan: Plan, *, back: bool) -> None:
     warps, chunks = (plan.back_warps, plan.back_chunks) if back else (plan.warps, plan.chunks)
     loads = chunks * (plan.U // 8 if back else plan.M // 16 * 2)
     text(f"at = ((d * {plan.blocks} + j) * {warps} + w) * {loads * 128} + lane * 4")
-    text(*(f"weights4(a, {4 * i}, W, at + {128 * i})" for i in range(loads)))
+    text(f"weights(a, {loads}, W, at)")
 
 
 def _load(text: Text, plan: Plan, group: tuple[int, int], buffer: str, source: str, *, back: bool) -> None:
     tiles, depth = plan.back_groups_of_loads() if back else plan.groups_of_loads()
     row_words, rows = (plan.back_row_words, 16) if back else (plan.row_words, 8)
-    per = _loads_per_chunk(plan, back)
-    for i, (n, k, r) in enumerate(product(range(tiles), range(depth), range(per))):
-        place = (group[0] + n) * rows * row_words + r * 8 * row_words + (group[1] + k) * CHUNK
-        text(f"poll4({buffer}, {4 * i}, {source}, at + {place})")
+    first = group[0] * rows * row_words + group[1] * CHUNK
+    text(f"poll({buffer}, {source}, at + {first}, {tiles}, {depth}, {_halves(plan, back)}, {row_words})")
 
 
-def _loads_per_chunk(plan: Plan, back: bool) -> int:
-    """Loads of a tile's chunk: rows g, and backward rows g + 8 too."""
-    return 2 if back and not plan.half else 1
+def _halves(plan: Plan, back: bool) -> int:
+    """As places.py has it: loads of a tile's chunk backward, rows g and g + 8; 0 forward."""
+    return 0 if not back else 1 if plan.half else 2
 
 
 def wait_and_multiply(text: Text, plan: Plan, source: str, *, back: bool) -> None:
@@ -172,7 +166,8 @@ def wait_and_multiply(text: Text, plan: Plan, source: str, *, back: bool) -> Non
     chunks = plan.back_chunks if back else plan.chunks
     all_tiles = plan.back_tiles if back else plan.tile // 8
     tiles, depth = plan.back_groups_of_loads() if back else plan.groups_of_loads()
-    count = tiles * depth * _loads_per_chunk(plan, back) * 4
+    halves = _halves(plan, back)
+    count = tiles * depth * max(1, halves) * 4
     groups = list(_groups(all_tiles, chunks, (tiles, depth)))
     sums = plan.U // 8 if back else plan.M // 16
     _load(text, plan, groups[0], "words0", source, back=back)
@@ -181,49 +176,26 @@ def wait_and_multiply(text: Text, plan: Plan, source: str, *, back: bool) -> Non
         if number + 1 < len(groups):
             _load(text, plan, groups[number + 1], f"words{(number + 1) % 2}", source, back=back)
         if chunk == 0:
-            text(*(f"acc[{i}] = float32(0)" for i in range(tiles * sums * 4)))
+            text(f"zero(acc, {tiles * sums * 4})")
         text("spins = 0")
         with text.block(f"while absent({buffer}, {count}) != 0:"):
             text("# spin")
             text("spins += 1")
-            with (
-                text.block(f"if spins % {EVERY} == 0 or spins >= limit:"),
-                text.block("if failed != 0 or spins >= limit or peek(E, 0) != 0:"),
-            ):
-                text("publish1(E, 1 + block, step * 64 + w + 1)", "publish1(E, 0, 1)", "failed = 1", "break")
+            with text.block("if weary(spins, limit, failed, E) != 0:"):
+                text("failed = 1", "break")
             _load(text, plan, (tile, chunk), buffer, source, back=back)
-        _multiply(text, plan, chunk, buffer, back=back)
+        text(f"mma_{plan.precision}(acc, a, {buffer}, {chunk}, {depth}, {sums}, {tiles}, {halves})")
         if chunk + depth == chunks:
             _leave(text, plan, tile, back=back)
-
-
-def _multiply(text: Text, plan: Plan, chunk: int, buffer: str, *, back: bool) -> None:
-    """One group's products. The two halves of a chunk are two matrix tiles; forward the weights are the first operand."""
-    tiles, depth = plan.back_groups_of_loads() if back else plan.groups_of_loads()
-    sums, per = plan.U // 8 if back else plan.M // 16, _loads_per_chunk(plan, back)
-    for k, m, s, n in product(range(depth), range(sums), range(2), range(tiles)):
-        at, o = (n * depth + k) * per * 4 + 2 * s, (n * sums + m) * 4
-        if back:
-            upper = (-1, -1) if plan.half else (at + 4, at + 5)
-            weights = ((chunk + k) * sums + m) * 4 + 2 * s
-            operands = f"{buffer}, {at}, {upper[0]}, {at + 1}, {upper[1]}, a, {weights}, {weights + 1}"
-        else:
-            weights = (((chunk + k) * 2 + s) * sums + m) * 4
-            operands = f"a, {weights}, {weights + 1}, {weights + 2}, {weights + 3}, {buffer}, {at}, {at + 1}"
-        text(f"mma_{plan.precision}(acc, {o}, {operands})")
+    with text.block("if failed != 0:"):
+        text("publish1(E, 1 + block, step * 64 + w + 1)", "publish1(E, 0, 1)")
 
 
 def _leave(text: Text, plan: Plan, tile: int, *, back: bool) -> None:
-    """The sums of a group of tiles into shared memory; lane (g, q) has rows g and g + 8, columns 2q and 2q + 1."""
+    """The sums of a group of tiles into shared memory."""
     tiles = (plan.back_groups_of_loads() if back else plan.groups_of_loads())[0]
     sums = plan.U // 8 if back else plan.M // 16
     pitch = plan.U + 1 if back else plan.tile + 1
     row = f"w * {plan.tile} + {tile * 16} + g" if back else f"w * {plan.M} + g"
     text(f"p = red + ({row}) * {pitch} + q * 2" + ("" if back else f" + {tile * 8}"))
-    for n, m in product(range(tiles), range(sums)):
-        o = (n * sums + m) * 4
-        place = n * 16 * pitch + m * 8 if back else m * 16 * pitch + n * 8
-        text(f"pool[p + {place}] = acc[{o}]", f"pool[p + {place + 1}] = acc[{o + 1}]")
-        if not (back and plan.half):
-            place += 8 * pitch
-            text(f"pool[p + {place}] = acc[{o + 2}]", f"pool[p + {place + 1}] = acc[{o + 3}]")
+    text(f"leave(pool, p, acc, {tiles}, {sums}, {pitch}, {_halves(plan, back)})")

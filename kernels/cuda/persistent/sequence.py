@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ...derive import Cell
+from ...rounding import bfloat16_bits
 from ...sequence import Forward, Gradients, check_backward, check_forward
 from .emit import Options, backward_arguments, backward_text, forward_arguments, forward_text, separate
 from .plan import WORDS, Plan, choose, supports
-from .product import ABSENT, bfloat16, pack
+from .product import ABSENT, pack
 
 __all__ = ["Sequences"]
 
@@ -147,7 +148,7 @@ class Sequences:
         # 3. The steps.
         given: dict[str, Any] = {"W": W, "X": X, "BIAS": bias, "PARAMS": params, "S0": start, "VALID": valid}
         given |= {"F": exchange, "FINAL": final, "SAVED": saved} | {f"Q{k}": states[k] for k in kept}
-        given |= _step_inputs(masks, aux) | {"T": T, "B": B, "limit": self.spins}
+        given |= _step_inputs(masks, aux) | {"T": T, "B": B, "groups": plan.groups, "limit": self.spins}
         text, names = forward_text(cell, plan, options), forward_arguments(cell, options)
         self._launch(text, names, given, plan, plan.warps, plan.shared, f"{cell.name} forward")
         residual = None
@@ -224,7 +225,8 @@ class Sequences:
         for k, there in enumerate(options.upstream):
             if there:
                 given[f"UP{k}"] = xp.stack([xp.asarray(b.sequence(k), xp.float32) for b in asked])
-        given |= {"D0": first, "DBIAS": dbias, "DPARAMS": dparams, "T": T, "B": B, "limit": self.spins}
+        given |= {"D0": first, "DBIAS": dbias, "DPARAMS": dparams, "T": T, "B": B, "groups": plan.groups}
+        given["limit"] = self.spins
         # 2. The steps, last to first.
         text, names = backward_text(cell, plan, options), backward_arguments(cell, options)
         self._launch(text, names, given, plan, plan.back_warps, plan.back_shared, f"{cell.name} backward")
@@ -273,7 +275,7 @@ class _Call:
         )
         if precision not in WORDS:
             raise ValueError(f"precision: expected one of {', '.join(WORDS)}, got {precision!r}")
-        if len(cell.stages) > 1 or not cell.stages[0].h_gates or min(T, B, I, H) < 1:
+        if len(cell.stages) > 1 or not cell.stages[0].h_gates:
             reason = supports(cell, T, B, I, H, precision=precision, sms=1)
             raise ValueError(f"no persistent kernel for {reason}")
         self.cell, self.x, self.kernel, self.recurrent_kernel, self.bias = (
@@ -354,7 +356,7 @@ def _by_gate(xp: Any, a: Any, order: list[int], H: int) -> Any:
 
 
 def _operand(xp: Any, a: Any, precision: str) -> Any:
-    return bfloat16(a, xp) if precision == "bfloat16" else xp.ascontiguousarray(a)
+    return bfloat16_bits(a, xp) if precision == "bfloat16" else xp.ascontiguousarray(a)
 
 
 def _elements(xp: Any, exchanged: Any, precision: str) -> Any:
