@@ -1,9 +1,9 @@
 """Every configuration of the persistent kernels that the dispatcher takes, the kernels that they stand for, what each must
 be as machine code, and the ledger of what was compiled.
 
-A configuration is a row of the dispatch table (plan.py: its units, batches, precisions) for an LSTM, one direction or two,
-on an H100 or H200 and on an A100, and for a GRU on the first (GRU_ON); each stands for five kernels: inference, forward and
-backward with no option, and forward and backward with all of them. A few configurations of other cells stand beside. Many
+A configuration is a row of the dispatch table (plan.py: its units, batches, precisions) for an LSTM or a GRU, one direction
+or two, on an H100 or H200 and on an A100; each stands for five kernels: inference, forward and backward with no option, and
+forward and backward with all of them. A few configurations of other cells stand beside. Many
 share a kernel, so that it is the kernel, by its digest, that is compiled once and has a line in the ledger.
 
 record_compiled.py compiles them all and writes the ledger. `make test` holds the ledger to the table as it is now, with no
@@ -52,7 +52,6 @@ MACHINES = {
     "sm_90a": Machine((9, 0), 132, 227 << 10),  # H100, H200
     "sm_80": Machine((8, 0), 108, 163 << 10),  # A100
 }
-GRU_ON = ("sm_90a",)  # "sm_80" too, once record_compiled.py has been run with it: 310 more kernels
 ALL_OPTIONS = cells.zoneout(cells.lstm(peephole=True))
 # Cells beside the table: cell, H, B, precision.
 OTHERS = (
@@ -105,16 +104,16 @@ class Figures(NamedTuple):
 
 def configurations() -> Iterator[tuple[str, Cell, Machine, Plan]]:
     """Name, cell, machine and plan of each configuration."""
-    yield from _rows("lstm", cells.lstm(), tuple(MACHINES))
+    yield from _rows("lstm", cells.lstm())
     for (name, cell, H, B, precision), (arch, machine) in product(OTHERS, MACHINES.items()):
         for plan in _plan(cell, machine, H, B, precision, 1):
             yield f"{name} H={H} B={B} {precision} {arch}", cell, machine, plan
-    yield from _rows("gru", cells.gru(), GRU_ON)
+    yield from _rows("gru", cells.gru())
 
 
-def _rows(name: str, cell: Cell, on: tuple[str, ...]) -> Iterator[tuple[str, Cell, Machine, Plan]]:
-    """A cell's rows of the dispatch table, on some machines."""
-    for arch, directions in product(on, (1, 2)):
+def _rows(name: str, cell: Cell) -> Iterator[tuple[str, Cell, Machine, Plan]]:
+    """A cell's rows of the dispatch table."""
+    for arch, directions in product(MACHINES, (1, 2)):
         machine = MACHINES[arch]
         for H, precision, B in product(SIZES, WORDS, BATCHES):
             label = f"{name} H={H} B={B} {precision} {arch}" + " two directions" * (directions == 2)
