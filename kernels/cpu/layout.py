@@ -29,7 +29,7 @@ from .isa import LANES, ROW_COLUMNS, TILE_COLUMNS
 from .microkernel import Windows, fused_family, plain_families, row_family, rows_of
 from .plan import get
 from .simd import INNER_OPTIONS, VECTOR_BYTES
-from .workspace import address
+from .workspace import address, aligned
 
 __all__ = [
     "PLAN_BYTES",
@@ -363,8 +363,12 @@ class Prepared(NamedTuple):
 
 def by_step(a: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """`a` as a float32 view of `shape` whose rows are contiguous; axes of length 1 are repeated by a stride of 0."""
-    rows = np.ascontiguousarray(np.broadcast_to(a, (*a.shape[:2], shape[2])), np.float32)
-    return np.broadcast_to(rows, shape)
+    whole = *a.shape[:2], shape[2]
+    if a.dtype != np.float32 or a.shape != whole or not a.flags.c_contiguous:
+        rows = aligned(whole)
+        rows[...] = a
+        a = rows
+    return np.broadcast_to(a, shape)
 
 
 def steps_and_rows(x: np.ndarray, regular: bool) -> tuple[int, int] | None:

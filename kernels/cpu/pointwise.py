@@ -6,12 +6,14 @@ The formulas are those of ../reference_pointwise.py, whose docstrings name their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum, auto
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import njit
 
 from . import threads
@@ -20,8 +22,11 @@ from .isa import LANES
 from .math import exp, log, maximum, sqrt
 from .plan import SIGNATURE, get, make_plan, share
 from .simd import (
+    F32,
+    I32,
     I64,
     INNER_OPTIONS,
+    VECTOR,
     VECTOR_BYTES,
     K,
     horizontal_max,
@@ -361,13 +366,54 @@ class Mask(IntEnum):
     """Places in the plan of the mask kernel."""
 
     SIZE = 0
-    OUT = auto()
+    OUT = auto()  # with room for a whole multiple of AT_ONCE
     SEED_LOW = auto()
     SEED_HIGH = auto()
     STREAM_LOW = auto()
     STREAM_HIGH = auto()
     BELOW = auto()  # a word below this gives 0
     SCALE = auto()  # address of the value of an element kept
+
+
+PHILOX_ROUNDS, PHILOX_FACTORS, PHILOX_STEPS = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+BLOCKS = LANES // 2  # of four words, at once: a product of two words takes 64 bits
+AT_ONCE = 4 * BLOCKS
+
+
+@operation("0(iiiiiiif)")
+def store_blocks(b, out, block, stream_low, stream_high, seed_low, seed_high, below, kept):
+    """What BLOCKS blocks of Philox make of an array from `out`: 0 where the word is below `below`, else `kept`."""
+    wide, values = ir.VectorType(I64, BLOCKS), ir.VectorType(F32, BLOCKS)
+    order = lambda places: ir.Constant(ir.VectorType(I32, len(places)), list(places))
+
+    def everywhere(scalar: Any, kind: Any = wide) -> Any:
+        one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+        return b.shuffle_vector(one, one, order([0] * BLOCKS))
+
+    of_all = lambda number: ir.Constant(wide, [number] * BLOCKS)
+    low, shift = of_all(0xFFFFFFFF), of_all(32)
+    index = b.add(everywhere(block), ir.Constant(wide, list(range(BLOCKS))))
+    c0, c1, c2, c3 = b.and_(index, low), b.lshr(index, shift), everywhere(stream_low), everywhere(stream_high)
+    for r in range(PHILOX_ROUNDS):
+        k0, k1 = (
+            everywhere(b.and_(b.add(seed, I64(r * step)), I64(0xFFFFFFFF)))
+            for seed, step in zip((seed_low, seed_high), PHILOX_STEPS, strict=True)
+        )
+        p0, p1 = b.mul(of_all(PHILOX_FACTORS[0]), c0), b.mul(of_all(PHILOX_FACTORS[1]), c2)
+        c0, c2 = (b.xor(b.xor(b.lshr(p, shift), c), k) for p, c, k in ((p1, c1, k0), (p0, c3, k1)))
+        c1, c3 = b.and_(p1, low), b.and_(p0, low)
+    limit, zero = everywhere(below), ir.Constant(values, [0.0] * BLOCKS)
+    parts = [
+        b.select(b.icmp_signed(">=", c, limit), everywhere(kept, values), zero) for c in (c0, c1, c2, c3)
+    ]
+    # A block's four words stand one after the other: pairs side by side first, then pairs of pairs.
+    zipped = order([k + BLOCKS * second for k in range(BLOCKS) for second in (0, 1)])
+    pairs = [b.shuffle_vector(x, y, zipped) for x, y in (parts[:2], parts[2:])]
+    for half in range(2):
+        blocks = range(half * BLOCKS // 2, (half + 1) * BLOCKS // 2)
+        places = [2 * k + other for k in blocks for other in (0, 1, LANES, LANES + 1)]
+        at = pointer(b, b.add(out, I64(half * VECTOR_BYTES)), VECTOR)
+        b.store(b.shuffle_vector(*pairs, order(places)), at, align=4)
 
 
 def _dropout_mask(p, shard, shards):
@@ -377,19 +423,13 @@ def _dropout_mask(p, shard, shards):
         get(p, Mask.BELOW),
         load_scalar(get(p, Mask.SCALE)),
     )
-    first, last = share((size + 3) // 4, shard, shards)
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for i in range(first, last):
-        c0, c1 = np.uint64(i) & low, np.uint64(i) >> shift
-        c2, c3 = np.uint64(get(p, Mask.STREAM_LOW)), np.uint64(get(p, Mask.STREAM_HIGH))
-        k0, k1 = np.uint64(get(p, Mask.SEED_LOW)), np.uint64(get(p, Mask.SEED_HIGH))
-        for _ in range(10):
-            p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
-            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-        for j in range(min(4, size - 4 * i)):
-            word = c0 if j == 0 else c1 if j == 1 else c2 if j == 2 else c3
-            store_scalar(out + (4 * i + j) * 4, scale if np.int64(word) >= below else np.float32(0))
+    stream_low, stream_high = get(p, Mask.STREAM_LOW), get(p, Mask.STREAM_HIGH)
+    seed_low, seed_high = get(p, Mask.SEED_LOW), get(p, Mask.SEED_HIGH)
+    first, last = share((size + AT_ONCE - 1) // AT_ONCE, shard, shards)
+    for k in range(first, last):
+        store_blocks(
+            out + k * AT_ONCE * 4, k * BLOCKS, stream_low, stream_high, seed_low, seed_high, below, scale
+        )
 
 
 @cache
@@ -407,15 +447,16 @@ def dropout_mask(
     """
     if np.dtype(dtype) != np.float32:
         raise ValueError(f"dtype: this kernel makes float32 masks, not {np.dtype(dtype).name}")
-    out = aligned(shape)
+    size = math.prod(shape)
+    out = aligned((-(-size // AT_ONCE) * AT_ONCE,))[:size].reshape(shape)
     scale = np.array([1 / (1 - rate)], np.float32)
     sizes = {
-        Mask.SIZE: out.size, Mask.BELOW: round(rate * 2**32),
+        Mask.SIZE: size, Mask.BELOW: round(rate * 2**32),
         Mask.SEED_LOW: seed & 0xFFFFFFFF, Mask.SEED_HIGH: seed >> 32,
         Mask.STREAM_LOW: stream & 0xFFFFFFFF, Mask.STREAM_HIGH: stream >> 32,
     }  # fmt: skip
     plan = make_plan(Mask, sizes, {Mask.OUT: out, Mask.SCALE: scale})
-    threads.run(_mask_kernel(), address(plan), _shards(out.size))
+    threads.run(_mask_kernel(), address(plan), _shards(size))
     return out
 
 
