@@ -22,6 +22,7 @@ from .layout import Layout, P, words
 from .microkernel import TRANSPOSE, tile1, transpose
 from .plan import get, share
 from .simd import (
+    CACHE_LINE,
     INNER_OPTIONS,
     VECTOR_BYTES,
     K,
@@ -54,7 +55,6 @@ __all__ = [
 ]
 
 PAIRED_ROWS = 256  # of time and batch in a block of the weight gradients' products
-LINE = 64  # bytes
 
 
 @njit(**INNER_OPTIONS)
@@ -83,7 +83,7 @@ def clear_words(out: int, out_step: int, used: int, words: int, first: int, last
 def line_step(words: int) -> int:
     """Bytes from row to row of so many words: an odd number of cache lines, since rows a power of two apart would all
     want the same few places in the cache."""
-    return ((words * 4 + LINE - 1) // LINE | 1) * LINE
+    return ((words * 4 + CACHE_LINE - 1) // CACHE_LINE | 1) * CACHE_LINE
 
 
 pair_step: Callable[[int], int] = njit(**INNER_OPTIONS)(line_step)

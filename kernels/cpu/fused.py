@@ -54,7 +54,18 @@ from .parts import (
     tile_rows,
 )
 from .plan import SIGNATURE, get, share
-from .simd import INNER_OPTIONS, VECTOR_BYTES, caller, load, load_int, load_n, prefetch, store, zero_bytes
+from .simd import (
+    CACHE_LINE,
+    INNER_OPTIONS,
+    VECTOR_BYTES,
+    caller,
+    load,
+    load_int,
+    load_n,
+    prefetch,
+    store,
+    zero_bytes,
+)
 from .threads import barrier
 from .tiles import aux_rows, compile_tile, inline, store_rows
 from .workspace import address, aligned, lay_out
@@ -62,7 +73,6 @@ from .workspace import address, aligned, lay_out
 __all__ = ["forward_tile", "prepare", "prepare_back"]
 
 call_backward_tile: Any = caller(8)  # p, s, s_step, rows, t, b, v, vectors
-CACHE_LINE = 64  # bytes
 call_steps: Any = caller(4)  # p, shard, shards, met
 
 
@@ -263,7 +273,7 @@ def _forward(p, shard, shards):
 
 
 @njit(**INNER_OPTIONS)
-def fetch_saved(p, t, b, rows, v, vectors):
+def fetch_saved(p: int, t: int, b: int, rows: int, v: int, vectors: int) -> None:
     """Have what a backward tile will read come nearer while its product is made."""
     r, TB = t * get(p, P.B) + b, get(p, P.T) * get(p, P.B)
     row, extra, width = get(p, P.PRE) * get(p, P.WIDTH) * 4, get(p, P.EXTRA_ROW), get(p, P.WIDTH) // LANES
@@ -278,10 +288,9 @@ def fetch_saved(p, t, b, rows, v, vectors):
         state = get(p, P.STATE_H) + r * hp4
         if k > 0:
             state = get(p, P.STATES) + (k - 1) * get(p, P.STATE_SLOT) + t * get(p, P.STATE_STEP) + b * hp4
+        state += v * VECTOR_BYTES
         for m in range(rows):
-            for a in range(
-                state + m * hp4 + v * VECTOR_BYTES, state + m * hp4 + (v + vectors) * VECTOR_BYTES, CACHE_LINE
-            ):
+            for a in range(state + m * hp4, state + m * hp4 + vectors * VECTOR_BYTES, CACHE_LINE):
                 prefetch(a)
 
 
@@ -313,9 +322,9 @@ def _steps_back(p, shard, shards, met):
     for t in range(T - 1, -2, -1):
         after = d + ((t + 1) & 1) * B * d_row
         for k in range(v0, v1, panel):
-            v = (
-                k if t & 1 == 0 else v0 + (v1 - v0 - 1) // panel * panel - (k - v0)
-            )  # back and forth, as in forward_step
+            v = k
+            if t & 1 != 0:  # back and forth, as in forward_step
+                v = v0 + (v1 - v0 - 1) // panel * panel - (k - v0)
             n = min(panel, v1 - v)
             width = min(panel, real - v)
             b = b0
@@ -571,9 +580,7 @@ def _arrangement_back(
         P.DBP: blocks * lay.pre * lay.width,
         P.DPARAMS: len(cell.params) * B * HP,
     }
-    if (
-        paired or length is not None
-    ):  # else they take the place of the packed weights, which have had their turn
+    if paired or length is not None:  # else they take the packed weights' place, which have had their turn
         zeroed[P.DWP] = blocks * I * lay.x_gates * lay.width
         zeroed[P.DRP] = blocks * H * lay.h_gates * lay.width
     rest: dict[P, int] = {}

@@ -4,7 +4,8 @@ Shapes. A stage (derive.py; most cells are one) has NP pre-activations a unit; t
 the last GH by a recurrent product over K units. Units come in blocks of W = UB vectors, HP is the number of units rounded
 up to whole blocks.
     gates   [block][T B][NP W]   pre-activations, then saved values, then gradients, each over the last: the closing
-                                 products stream it as if it were packed
+                                 products stream it as if it were packed (gradients of a last block of few units with
+                                 no gap between its gates, where CLOSE_GATES says so)
     wp, rp  [block][I or K][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
 In bfloat16 the products' operands are words of two values each, and K, I and H above half as many (bfloat16.py); what is
 said here of x and of what the recurrent product reads then means rounded copies of them. In the tiles of amx.py, too, and

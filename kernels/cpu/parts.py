@@ -22,6 +22,7 @@ from .layout import P, words
 from .microkernel import TRANSPOSE, tile1, tile2, transpose
 from .plan import get, share
 from .simd import (
+    CACHE_LINE,
     INNER_OPTIONS,
     VECTOR_BYTES,
     caller,
@@ -51,7 +52,6 @@ __all__ = [
 call_part: Any = caller(3)  # the plan, and the caller's share of the work
 call_forward_step: Any = caller(7)
 call_dx_step: Any = caller(8)
-CACHE_LINE = 64  # bytes
 GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
 
 
@@ -302,9 +302,7 @@ def closing(p: int, shard: int, shards: int) -> None:
                     for q in range(panel + c, panel + c + rows * row, row):
                         total = total + load(q)
                     store(a, total)
-            next_panel = (
-                panel + TB * row
-            )  # it comes nearer while this one is worked through, a share at each turn
+            next_panel = panel + TB * row  # comes nearer while this one is worked through, a share a turn
             if u == blocks - 1:
                 next_panel = gates + (k + GRADIENT_ROWS) * row
             a_turn = rows * row // (last - first + 1) // CACHE_LINE * CACHE_LINE + CACHE_LINE

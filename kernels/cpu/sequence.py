@@ -93,9 +93,7 @@ def _float32(a: Any) -> np.ndarray:
     a = np.asarray(a)
     if a.dtype == _FLOAT32 and a.flags.c_contiguous:
         return a
-    copy = aligned(
-        a.shape
-    )  # x by time comes from a batch by row: memory that is used again spares its page faults
+    copy = aligned(a.shape)
     copy[...] = a
     return copy
 

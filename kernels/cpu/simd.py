@@ -43,6 +43,7 @@ HALVES: Any
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, VECTOR_INT, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 VECTOR_BYTES = LANES * 4
+CACHE_LINE = 64  # bytes
 
 
 def _vector_type(name: str, llvm_type: ir.Type) -> types.Type:

@@ -76,9 +76,7 @@ def _take_back() -> None:
     global _kept
     while True:
         try:
-            raw = _lent.pop(
-                _ended.pop(0)
-            )  # in their order: the last to end is the first to be used again, still warm
+            raw = _lent.pop(_ended.pop(0))  # in their order: the last to end is used again first, still warm
         except IndexError:
             return
         size = len(raw[0])
@@ -106,7 +104,7 @@ def _larger(size: int) -> Raw | None:
     """The smallest free block of more than `size` bytes, but of no more than twice as many: whoever keeps a small array
     should not keep much more memory with it."""
     global _kept
-    for other in sorted(_free):
+    for other in sorted(_free.copy()):  # another thread may add a size meanwhile
         if size < other <= 2 * size:
             try:
                 raw = _free[other].pop()

@@ -356,8 +356,8 @@ def test_little_work_is_shared_with_helpers_that_are_awake(
 ) -> None:
     threads.set_num_threads(2)
     monkeypatch.setattr(threads, "ready", lambda: awake)
-    assert sequence._split(cells.lstm(), 24, 32, 4, 50) == (2 if awake else 1, False)
-    assert sequence._split(cells.lstm(), 20, 32, 1, 50) == (1, False)
+    assert sequence._split(cells.lstm(), 20, 32, 1, 50) == (2 if awake else 1, False)
+    assert sequence._split(cells.lstm(), 5, 32, 1, 50) == (1, False)
 
 
 def test_the_choice_of_split(keep_threads: None) -> None:
