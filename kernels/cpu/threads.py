@@ -39,6 +39,9 @@ Call = tuple[Any, int, int, int]  # kernel, plan, shard, shards
 
 MOST_HELPERS = 255
 SOON = 2e-3  # seconds
+# So many questions whether helpers are awake come before the first is made for them: what it runs is compiled then, which
+# takes a second where it is not in the cache, and little calls are a tenth of a millisecond shorter each.
+ASKED_FOR = 1000
 SPINS = 200  # pauses before a waiting shard offers its core to others
 FLAG_BYTES = 64  # one cache line a shard
 
@@ -248,7 +251,7 @@ class _Gang:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.helpers: list[_Helper] = []
-        self.stirred = 0.0
+        self.stirred, self.asked = 0.0, 0
         # Never freed: a helper may look at its slot while the interpreter is going down.
         self.board = (ctypes.c_int64 * ((MOST_HELPERS + 1) * SLOT_BYTES // 8))()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.board))
@@ -274,6 +277,8 @@ class _Gang:
             raise ValueError(
                 f"number of threads: at most {MOST_HELPERS + 1} can work together, got {count + 1}"
             )
+        if len(self.helpers) < count:
+            prepare()  # here: a helper that compiles would hold up everybody's Python
         while len(self.helpers) < count:
             self.helpers.append(_Helper(self.slots + len(self.helpers) * SLOT_BYTES))
 
@@ -287,6 +292,9 @@ class _Gang:
             return True
         now = time.perf_counter()
         often, self.stirred = now - self.stirred < SOON, now
+        self.asked += 1
+        if not self.helpers and self.asked < ASKED_FOR:
+            return False
         if often and others <= MOST_HELPERS and self.lock.acquire(blocking=False):
             try:
                 self.grow(others)
