@@ -299,7 +299,8 @@ class _Gang:
             try:
                 self.grow(others)
                 for helper in self.helpers[:others]:
-                    helper.bell.put(current_cpu())
+                    if helper.bell.empty():  # or it would wake as often as it was asked for
+                        helper.bell.put(current_cpu())
             finally:
                 self.lock.release()
         return False
