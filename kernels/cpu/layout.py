@@ -99,20 +99,18 @@ class P(IntEnum):
     TRAINING = auto()
     GATES = auto()
     EXTRA = auto()  # saved values beyond the NP that fit over the gates
-    CLOSE_GATES = (
-        auto()
-    )  # 1: in the last block, of few units, the gates' gradients stand as far apart as it has units
     EXTRA_ROW = auto()  # bytes of a row of them
     READS_H = auto()  # whether the gradient reads h of the step before
+    # 1: in the last block, of few units, the gates' gradients stand as far apart as it has units
+    CLOSE_GATES = auto()
     FUSED = auto()  # the table of `product_tiles`
     GROUPS = auto()  # its rows
     STEP_TILES = auto()  # the same two for the products of a step, and the most rows of a tile there
     STEP_GROUPS = auto()
     STEP_ROWS = auto()
     PLAIN = auto()
-    PANEL = (
-        auto()
-    )  # vectors of a panel of transposed weights, its tiles as PLAIN has them, and their most rows
+    # Vectors of a panel of transposed weights, its tiles as PLAIN has them, and their most rows
+    PANEL = auto()
     PANEL_TILES = auto()
     PANEL_ROWS = auto()
     WIDTH = auto()  # units a block
@@ -385,7 +383,8 @@ def steps_and_rows(x: np.ndarray, regular: bool) -> tuple[int, int] | None:
         row = step if T > 1 else 4 * I
     if T == 1:
         step = B * row
-    if x.dtype != np.float32 or (I > 1 and each != 4) or (B > 1 and row % ALIASED == 0):
+    aliased = B > 1 and row % ALIASED == 0 and row != 4 * I  # without gaps a copy would lie no better
+    if x.dtype != np.float32 or (I > 1 and each != 4) or aliased:
         return None
     return None if regular and step != B * row else (step, row)
 

@@ -11,6 +11,7 @@ from questions import PATTERNS, Question, answer, ask, assert_same_bits, check, 
 
 from numlstm.kernels import cells, reference
 from numlstm.kernels.cpu import sequence, threads
+from numlstm.kernels.cpu.layout import ALIASED
 from numlstm.kernels.derive import Cell
 
 SPLITS = [(1, False), (2, False), (2, True), (3, False), (3, True)]  # threads, units or batch
@@ -160,6 +161,20 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rows further apart": lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, 5)])[..., :-5],
     "read-only": locked,
 }
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["by step", "by row"])
+def test_rows_that_would_share_sets_of_a_cache(by_row: bool) -> None:
+    """Rows a multiple of ALIASED bytes apart, with no gaps and with some: read where they lie, and copied."""
+    T, I = (4, 1024) if by_row else (2, 4096)
+    question = ask(cells.lstm(), T, 3, I, 5, "all").cast("f")
+    x, *rest = question.arguments
+    if by_row:
+        x = np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
+    assert x.strides[1] % ALIASED == 0
+    found = answer(Question(question.cell, (x, *rest), question.dh, question.dfinal))
+    check(question, found)
+    assert_same_bits(found, answer(question))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
