@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 
 from numlstm.backend import adopt, backend_of, beside, moved, place_of, scalar, to_numpy
 from numlstm.kernels.int8 import LEVELS, Quantized
 from numlstm.kernels.reference_pointwise import dense_rows
-from numlstm.kernels.sequence import Prepacked
 
 __all__ = [
     "GradientTape",
@@ -39,6 +38,7 @@ __all__ = [
 
 Array = Any  # a NumPy array, or the like of it on a device
 VJP = Callable[[Array], Array]
+T = TypeVar("T")
 TensorLike = Union["Tensor", np.ndarray, float, int, bool, Sequence[Any]]
 
 
@@ -348,8 +348,8 @@ class Variable(Tensor):
     """
 
     __slots__ = (
+        "_kept",
         "_owned",
-        "_prepacked",
         "_shown",
         "constraint",
         "name",
@@ -413,12 +413,23 @@ class Variable(Tensor):
         self.count_change()
         return self._owned
 
-    def prepacked(self, *others: Variable) -> Prepacked:
-        """What kernels have kept of this variable and `others` together; empty when one of them has changed."""
-        state = [self.version, *[(id(v), v.version) for v in others]]
-        known = getattr(self, "_prepacked", None)
+    def kept(self, others: Iterable[Variable], make: Callable[[], T]) -> T:
+        """What `make` makes of this variable and `others`, made once until one of them changes or lies elsewhere.
+
+        There is room for one such thing; copies and pickles go without it.
+
+        >>> w, b = Variable([1.0, 2.0]), Variable([3.0])
+        >>> scaled = lambda: w.numpy() * b.numpy()
+        >>> w.kept([b], scaled) is w.kept([b], scaled)
+        True
+        >>> b.assign([5.0])
+        >>> w.kept([b], scaled)
+        array([ 5., 10.], dtype=float32)
+        """
+        state = [_arrangement, self.version, *[v.version for v in others]]
+        known = getattr(self, "_kept", None)
         if known is None or known[0] != state:
-            known = self._prepacked = (state, Prepacked())
+            known = self._kept = (state, make())
         return known[1]
 
     def assign(self, value: TensorLike) -> None:

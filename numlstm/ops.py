@@ -40,6 +40,7 @@ from numlstm.backend import backend_of, beside, get_backend, namespace, place_of
 from numlstm.kernels.int8 import Quantized
 from numlstm.kernels.reference_pointwise import erf as _erf
 from numlstm.kernels.reference_pointwise import sigmoid as _logistic
+from numlstm.kernels.sequence import Prepacked
 
 __all__ = [
     "abs",
@@ -987,6 +988,7 @@ def recurrent(
     recurrent_mask: Array | None = None,
     projection: TensorLike | None = None,
     remat_steps: int | None = None,
+    prepacked: Prepacked | None = None,
 ) -> Sequences:
     """A recurrent cell over a batch of sequences, in one kernel.
 
@@ -1011,6 +1013,8 @@ def recurrent(
         remat_steps: where a tape records, keep the states at every so many steps only, and compute what else
             the gradient needs again: less memory, more time. The states' sequences are then kept only with
             `training=True`.
+        prepacked: room in which kernels keep packed weights between calls of inference. Who hands the same one
+            over again says that kernel, recurrent_kernel and bias are what they were.
 
     Returns the outputs (B, T, P); the last of each state, (B, H); and the sequences of the states other than
     the output, (B, T, H) each, or None where they were not kept. Gradients flow through all of them.
@@ -1022,7 +1026,7 @@ def recurrent(
     return _run_sequence(
         _Sequence(
             cell, x, kernel, recurrent_kernel, bias, params, state, mask, reverse, training, aux, recurrent_mask,
-            projection, remat_steps,
+            projection, remat_steps, prepacked,
         )
     )  # fmt: skip
 
@@ -1095,6 +1099,7 @@ class _Sequence:
         recurrent_mask: Array | None = None,
         projection: TensorLike | None = None,
         remat_steps: int | None = None,
+        prepacked: Prepacked | None = None,
     ) -> None:
         self.watcher = _WATCHER.get()
         quantized = isinstance(kernel, QuantizedVariable)
@@ -1172,10 +1177,8 @@ class _Sequence:
                 "remat_steps": remat_steps,
                 "keep_states": bool(training) or self.watcher is not None,
             }
-        elif not self.arguments["training"]:
-            others = (recurrent_kernel,) if bias is None else (recurrent_kernel, bias)
-            if all([isinstance(v, Variable) for v in (kernel, *others)]):
-                self.arguments["prepacked"] = kernel.prepacked(*others)  # type: ignore[attr-defined]
+        elif prepacked is not None and not self.arguments["training"]:
+            self.arguments["prepacked"] = prepacked
 
     def keep(self, out: Any) -> list[Array]:
         """The results, batch-major: every output, the last states, the other states' sequences."""

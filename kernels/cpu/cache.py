@@ -30,7 +30,7 @@ from numba.core.registry import cpu_target
 
 from .simd import JIT_OPTIONS
 
-__all__ = ["compile_address", "compile_kernel", "directory", "made", "problem"]
+__all__ = ["compile_address", "compile_kernel", "directory", "is_cached", "made", "problem"]
 
 
 def directory() -> Path | None:
@@ -105,6 +105,20 @@ def unique_name(name: str, text: str) -> str:
     return f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def _key(name: str, text: str) -> str:
+    return hashlib.sha256("\0".join((_surroundings(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
+
+
+def _file_name(name: str, key: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}-{key[:24]}"
+
+
+def is_cached(name: str, text: str) -> bool:
+    """Whether `compile_kernel` would find the kernel in the cache, for all that its file's name tells."""
+    path = directory()
+    return path is not None and any(path.glob(f"{_file_name(name, _key(name, text))}*.nbi"))
+
+
 class _KeyedCache(caching.FunctionCache):
     def __init__(self, function: Callable[..., Any], name: str, key: str, path: str) -> None:
         self._key = key
@@ -130,7 +144,7 @@ class _KeyedCache(caching.FunctionCache):
 
             def __init__(self, py_func: Any) -> None:
                 super().__init__(py_func)
-                self._filename_base = f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}-{key[:24]}"
+                self._filename_base = _file_name(name, key)
 
         self._impl_class = Implementation
         super().__init__(function)
@@ -162,7 +176,7 @@ def compile_kernel(function: Callable[..., Any], name: str, text: str, signature
 
     Returns what can be called from Python; its `address` is that of the same function by C's calling convention.
     """
-    key = hashlib.sha256("\0".join((_surroundings(), _stable(JIT_OPTIONS), name, text)).encode()).hexdigest()
+    key = _key(name, text)
     function.__qualname__ = unique_name(name, key)
     dispatcher = njit(**JIT_OPTIONS)(function)
     path = directory()

@@ -38,7 +38,6 @@ from .layout import (
     columns,
     field,
     state_gradients,
-    steps_and_rows,
     tile_words,
     words,
 )
@@ -493,19 +492,20 @@ def _weights(lay: Layout, I: int, H: int) -> dict[P, int]:
     }
 
 
-def _kept_weights(prepacked: Prepacked, key: tuple[Any, ...], lay: Layout, plan: np.ndarray) -> np.ndarray:
-    """Let the plan use the packed weights that a pass before this one has left, or make room for them."""
-    _, I, H, *_ = key
-    weights = _weights(lay, I, H)
-    offsets, _, end = lay_out({}, weights)
-    room = prepacked.kept.get(key)
-    plan[P.PACKED] = room is not None
-    if room is None:
-        room = aligned((end,))
-        room[: weights[P.BP]] = 0
-    for place, offset in offsets.items():
-        plan[place] = address(room) + 4 * offset
-    return room
+class PackedWeights(NamedTuple):
+    """Packed biases and weights that serve many passes, and what a plan says of them at the places KEPT."""
+
+    memory: np.ndarray
+    words: np.ndarray
+
+    @classmethod
+    def room(cls, lay: Layout, I: int, H: int) -> PackedWeights:
+        """For a first pass to fill."""
+        weights = _weights(lay, I, H)
+        offsets, _, end = lay_out({}, weights)
+        memory = aligned((end,))
+        memory[: weights[P.BP]] = 0
+        return cls(memory, np.array([0, *(address(memory) + 4 * offsets[place] for place in weights)], np.int64))
 
 
 @lru_cache(1024)
@@ -609,7 +609,9 @@ def _arrangement_back(
     return *_arrange(words, zeroed, rest), none, (Shared.of(kernel), Shared.of(recurrent))
 
 
+KEPT = np.array([P.PACKED, P.BP, P.WP, P.RP], np.intp)
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
+_IN_PLACE = np.array([P.X, P.X_T, P.X_B, P.FED], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
 _SAVING = np.array([P.TRAINING, P.STATE_STEP], np.intp)
 _STEPPED = np.array([P.T, P.B, P.I, P.HP, P.X_T, P.MASK_T, P.FED_T, P.DY_T, P.START_SLOT], np.intp)
@@ -621,9 +623,11 @@ def prepare(
     cell: Cell, shape: tuple[int, int, int, int, int], x: np.ndarray, kernel: np.ndarray, recurrent_kernel: np.ndarray,
     bias: np.ndarray | None, params: tuple[Any, ...], state: tuple[Any, ...] | None, valid: np.ndarray | None,
     training: bool, aux: tuple[Any, ...], recurrent_mask: Any, projection: None,
-    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str, prepacked: Prepacked | None,
+    shards: int, units: bool, apart: bool, at_once: int, steps: int | None, precision: str,
+    as_it_lies: tuple[int, int], prepacked: Prepacked | None,
 ) -> Prepared:  # fmt: skip
     """A forward pass on arrays of the right shapes and dtypes, shared by `shards` threads, by units or by the batch.
+    `as_it_lies`: bytes from a step of x to the next, and from a row to the next.
 
     With `steps`, training keeps the states at every so many steps only, and the backward pass runs the pieces again.
     """
@@ -637,7 +641,8 @@ def prepare(
     plan[own.places] += address(slab)
     if kept:
         key = (cell, I, H, bias is None)
-        room = _kept_weights(prepacked, key, lay, plan)
+        packed_weights = prepacked.kept.get(key) or PackedWeights.room(lay, I, H)
+        plan[KEPT] = packed_weights.words
     HP = int(plan[P.HP])
     hs = aligned((T + 1, B, HP))
     cs = own.piece(slab, P.STATES, S - 1, -1, B, HP) if S > 1 else ()
@@ -683,9 +688,7 @@ def prepare(
         plan[P.X_SOURCE] = address(x)
         plan[P.X_T], plan[P.X_B] = 4 * B * lay.words(I), 4 * lay.words(I)
     else:
-        plan[P.X], plan[P.FED] = address(x), address(fed)
-        plan[P.X_T], plan[P.X_B] = steps_and_rows(x, regular=apart)  # type: ignore[misc]  # _prepare has seen to it
-
+        plan[_IN_PLACE] = address(x), *as_it_lies, address(fed)
     packed = plan
     if again:
         length = min(steps, T)
@@ -701,7 +704,8 @@ def prepare(
         final = (hs[T, :, :H].copy(), *[c[last, :, :H].copy() for c in cs])
         if not training:
             if kept:
-                prepacked.kept[key] = room  # it is filled now
+                packed_weights.words[0] = 1  # filled now
+                prepacked.kept[key] = packed_weights
             inputs.clear()  # they were in use until here
             return Forward(hs[1:, :, :H], final, None, None)
         residual = Residual(
@@ -712,7 +716,9 @@ def prepare(
         states = None if again else tuple([c[1:, :, :H] for c in cs])
         return Forward(hs[1:, :, :H], final, states, residual)
 
-    places = ((hs[0], hs[T]), *((start[0], c[last]) for start, c in zip(starts, cs, strict=True)))
+    def places() -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        return ((hs[0], hs[T]), *((start[0], c[last]) for start, c in zip(starts, cs, strict=True)))
+
     return Prepared(compiled(_forward), packed, shards, finish, places, rounded)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, auto
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,6 +192,7 @@ class Layout:
     precision: str = "float32"  # of the products' operands
 
     @classmethod
+    @lru_cache(1024)  # asked for in every call
     def of(cls, stage: Stage, precision: str = "float32") -> Layout:
         pre = len(stage.pre)
         blocks_vectors, extra = max(1, 4 // max(pre, 1)), max(0, stage.saved - pre)
@@ -348,15 +349,15 @@ class Residual:
 class Prepared(NamedTuple):
     """A pass that is ready to run: a compiled kernel, its plan, on how many threads, and what makes its result of it.
 
-    A forward pass also says where each state lies before and after it, (B, row) each; in inference they may be one place.
-    And in bfloat16 which of these have a rounded copy that the pass reads, (B, row) of uint16: by the state's number.
+    A forward pass also tells who asks where each state lies before and after it, (B, row) each; in inference they may be one
+    place. And in bfloat16 which of these have a rounded copy that the pass reads, (B, row) of uint16: by the state's number.
     """
 
     kernel: Any
     plan: np.ndarray
     shards: int
     finish: Callable[[], Any]
-    states: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    states: Callable[[], tuple[tuple[np.ndarray, np.ndarray], ...]] = tuple
     rounded: tuple[tuple[int, np.ndarray], ...] = ()
 
 

@@ -630,7 +630,7 @@ def _prepare(
         kept.clear()  # they were in use until here
         return finish()._replace(residual=None)
 
-    return Prepared(compiled(), both, shards, finished, places)
+    return Prepared(compiled(), both, shards, finished, lambda: places)
 
 
 def prepare_step(

@@ -130,10 +130,11 @@ def forward(
     >>> [round(float(h), 4) for h in out.h.ravel()]
     [0.7616, 0.7616, 0.7616]
     """
-    arguments = (cell, x, kernel, recurrent_kernel, bias, params, state, valid)
-    options = {"aux": aux, "recurrent_mask": recurrent_mask, "projection": projection, "steps": steps}
-    options |= {"precision": precision, "prepacked": prepacked}
-    return run([_prepare(*arguments, training=training, **options)])[0]
+    job = _prepare(
+        cell, x, kernel, recurrent_kernel, bias, params, state, valid, training=training, aux=aux,
+        recurrent_mask=recurrent_mask, projection=projection, steps=steps, precision=precision, prepacked=prepacked,
+    )  # fmt: skip
+    return run([job])[0]
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -177,18 +178,21 @@ def _prepare(
     shards, units = (1, False) if alone else _split(cell, T, B, I, H, at_once, precision)
     apart = T > 1 and not amx.tiled(precision) and _apart(shards, units, B, I)
     one_stage = len(cell.stages) == 1
-    if not one_stage or precision != "float32" or steps_and_rows(x, regular=apart) is None:
-        x = _float32(x)
-    arrays = x, _float32(kernel), _float32(recurrent_kernel)
-    bias, projection = (None if a is None else _float32(a) for a in (bias, projection))
-    valid = None if valid is None else np.ascontiguousarray(valid, np.bool_)
+    as_it_lies = steps_and_rows(x, regular=apart) if one_stage and precision == "float32" else None
+    if as_it_lies is None:
+        x, as_it_lies = _float32(x), (4 * B * I, 4 * I)
+    arrays = x, _float32(kernel), _float32(recurrent_kernel), None if bias is None else _float32(bias)
+    if projection is not None:
+        projection = _float32(projection)
+    if valid is not None:
+        valid = np.ascontiguousarray(valid, np.bool_)
     arguments = (
-        cell, (T, B, I, H, Q), *arrays, bias, params, state, valid, training, aux, recurrent_mask, projection,
+        cell, (T, B, I, H, Q), *arrays, params, state, valid, training, aux, recurrent_mask, projection,
         shards, units, apart, at_once, steps, precision,
     )  # fmt: skip
     if not one_stage:  # they pack anew in each call
         return staged.prepare(*arguments)
-    return fused.prepare(*arguments, prepacked)
+    return fused.prepare(*arguments, as_it_lies, prepacked)
 
 
 def prepare_step(

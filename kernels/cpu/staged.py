@@ -816,7 +816,7 @@ def prepare(
     table, finish, places, rounded = laid_out(
         cell, known, x, weights, bias, params, state, valid, aux, recurrent_mask, at_once
     )
-    return Prepared(compiled(_forward), table, shards, finish, places, rounded)
+    return Prepared(compiled(_forward), table, shards, finish, lambda: places, rounded)
 
 
 def laid_out(

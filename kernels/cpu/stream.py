@@ -356,19 +356,20 @@ class Stack:
         plan[P.PACKED : len(step.cell.stages) * len(P) : len(P)] = 1
         width = step.recurrent_kernel.shape[0]
         units = width if step.projection is None else step.projection.shape[0]
+        states = prepared.states()
         if step.remembers:
             for k, copy in prepared.rounded:
-                before = prepared.states[k][0][:, : units if k else width]
+                before = states[k][0][:, : units if k else width]
                 self._rows(_kernel(_round), before, copy[:, : before.shape[1]])
         self._call(prepared.kernel, plan)
         self._kept.append(prepared)
-        output = prepared.states[0][1][:, :width]
+        output = states[0][1][:, :width]
         if step.remembers:
-            for before, after in prepared.states:
+            for before, after in states:
                 if before.ctypes.data != after.ctypes.data:
                     self._rows(_kernel(_copy), after, before)
             self.states.append(
-                tuple(before[:, : units if k else width] for k, (before, _) in enumerate(prepared.states))
+                tuple(before[:, : units if k else width] for k, (before, _) in enumerate(states))
             )
         return output
 

@@ -30,7 +30,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from . import isa
-from .cache import compile_kernel
+from .cache import compile_kernel, is_cached
 from .simd import I32, I64, INNER_OPTIONS, call, caller, load_int, operation, pointer
 
 __all__ = ["barrier", "get_num_threads", "prepare", "ready", "run", "run_all", "set_num_threads"]
@@ -39,9 +39,9 @@ Call = tuple[Any, int, int, int]  # kernel, plan, shard, shards
 
 MOST_HELPERS = 255
 SOON = 2e-3  # seconds
-# So many questions whether helpers are awake come before the first is made for them: what it runs is compiled then, which
-# takes a second where it is not in the cache, and little calls are a tenth of a millisecond shorter each.
-ASKED_FOR = 1000
+# So many questions whether helpers are awake come before the first is made for them: little calls are a tenth of a
+# millisecond shorter each then, but what a helper runs is compiled first, which takes a second, or loaded from the cache.
+ASKED_TO_COMPILE, ASKED_TO_LOAD = 1000, 100
 SPINS = 200  # pauses before a waiting shard offers its core to others
 FLAG_BYTES = 64  # one cache line a shard
 
@@ -226,6 +226,9 @@ def lead(work: int, slots: int, others: int) -> int:
     return 1
 
 
+HELPERS_RUN = serve, at_once, hand_out, lead
+
+
 @cache
 def _native(function: Callable[..., Any]) -> Any:
     return compile_kernel(function, function.__name__, "", types.int64(types.int64, types.int64, types.int64))
@@ -251,7 +254,7 @@ class _Gang:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.helpers: list[_Helper] = []
-        self.stirred, self.asked = 0.0, 0
+        self.stirred, self.asked, self.at_hand = 0.0, 0, False
         # Never freed: a helper may look at its slot while the interpreter is going down.
         self.board = (ctypes.c_int64 * ((MOST_HELPERS + 1) * SLOT_BYTES // 8))()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.board))
@@ -293,7 +296,7 @@ class _Gang:
         now = time.perf_counter()
         often, self.stirred = now - self.stirred < SOON, now
         self.asked += 1
-        if not self.helpers and self.asked < ASKED_FOR:
+        if not self.helpers and not self.worth_making():
             return False
         if often and others <= MOST_HELPERS and self.lock.acquire(blocking=False):
             try:
@@ -304,6 +307,12 @@ class _Gang:
             finally:
                 self.lock.release()
         return False
+
+    def worth_making(self) -> bool:
+        """Whether helpers have been asked for often enough that the first is made."""
+        if self.asked == ASKED_TO_LOAD:
+            self.at_hand = all(is_cached(function.__name__, "") for function in HELPERS_RUN)
+        return self.asked >= (ASKED_TO_LOAD if self.at_hand else ASKED_TO_COMPILE)
 
     def rest(self) -> None:
         """Wait until no helper is in compiled code, a second at most."""
@@ -323,7 +332,7 @@ def ready() -> bool:
 
 def prepare() -> None:
     """Compile what a dispatch to several threads takes."""
-    for function in (serve, at_once, hand_out, lead):
+    for function in HELPERS_RUN:
         _native(function)
 
 

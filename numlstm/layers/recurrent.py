@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from numlstm import activations, constraints, initializers, ops, regularizers
-from numlstm.autograd import Tensor, Variable
+from numlstm.autograd import Tensor, Variable, apply_joint, needs_gradient
 from numlstm.backend import adopt, backend_of, beside, namespace, to_numpy
 from numlstm.kernels import cells, derive
 from numlstm.kernels.derive import Cell
+from numlstm.kernels.sequence import Prepacked
 from numlstm.layers.base import Layer, Shape, brought, fraction, positive, registry
 from numlstm.registry import Registry
 
@@ -299,6 +300,16 @@ class Recurrent(Layer):
             bias = None  # the products are normalised before it is added
         return matrix, bias, tuple(values[name] for name in self.equations.params), self.projection_kernel
 
+    def running_weights(
+        self, training: bool = False
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None, Prepacked | None]:
+        """`cell_weights`, and room for kernels to keep them packed; where nothing learns, made once until a weight changes."""
+        held = [v for v in (self.kernel, self.recurrent_kernel, self.bias, *self._variables) if v is not None]
+        thinned = training and self.recurrent_dropconnect
+        if thinned or needs_gradient(*held) or not all([isinstance(v, Variable) for v in held]):
+            return *self.cell_weights(training), None
+        return self.kernel.kept(held, lambda: (*self.cell_weights(), Prepacked()))
+
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """In place of a weight that there is not, where the others lie."""
         return Tensor(namespace(self.kernel.data).zeros(shape, self.dtype))
@@ -375,7 +386,7 @@ class Recurrent(Layer):
             steps = time if self.recurrent_dropout_per_step else 1
             shape = (steps, batch, self.output_units)  # time-major, as the kernel reads it
             recurrent_mask = self._thinning(shape, self.recurrent_dropout).swapaxes(0, 1)
-        recurrent_kernel, bias, parameters, projection = self.cell_weights(training)
+        recurrent_kernel, bias, parameters, projection, prepacked = self.running_weights(training)
         cell, aux = self.equations, ()
         if rates := self._zoneout_rates():
             cell, widths = self.running_cell(), self.state_widths
@@ -398,6 +409,7 @@ class Recurrent(Layer):
             "recurrent_mask": recurrent_mask,
             "projection": projection,
             "remat_steps": self.remat_steps,
+            "prepacked": prepacked,
         }
 
     def running_cell(self) -> Cell:
@@ -699,9 +711,26 @@ class GRU(Recurrent):
             return super().biases()
         if self.bias is None:
             return None, {"b_n": self._zeros((n,))}
-        recurrent = self.bias[1]
-        shared = ops.concatenate([recurrent[: 2 * n], self._zeros((n,))], axis=0)
-        return self.bias[0] + shared, {"b_n": recurrent[2 * n :]}
+        bias, apart = _summed_rows(self.bias, 2 * n)
+        return bias, {"b_n": apart}
+
+
+def _summed_rows(rows: Tensor, upto: int) -> tuple[Tensor, Tensor]:
+    """Of two rows the first, plus the second's columns below `upto`; and what is left of the second."""
+    first, second = rows.data[0], rows.data[1]
+    total = first.copy()
+    total[:upto] += second[:upto]
+
+    def vjp(dtotal: Any, dleft: Any) -> list[Any]:
+        d = namespace(first).zeros_like(rows.data)
+        if dtotal is not None:
+            d[0], d[1, :upto] = dtotal, dtotal[:upto]
+        if dleft is not None:
+            d[1, upto:] = dleft
+        return [d]
+
+    total, left = apply_joint((total, second[upto:]), [rows], vjp)
+    return total, left
 
 
 class SimpleRNN(Recurrent):

@@ -1,5 +1,7 @@
 """Recurrent layers against hand-written NumPy loops, and their options: states, masks, directions."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 
@@ -431,21 +433,43 @@ def test_bad_calls(x, call, message):
         call(layer, x)
 
 
-def test_packed_weights_are_kept_for_inference_until_one_changes(x):
-    layer = nl.LSTM(H)
+@pytest.mark.parametrize(
+    "make",
+    [
+        nl.LSTM,
+        nl.GRU,
+        lambda n: nl.GRU(n, use_bias=False),
+        lambda n: nl.LSTM(n, split_bias=True),
+        lambda n: nl.LSTM(n, peephole=True),
+    ],
+)
+def test_weights_are_kept_packed_for_inference_until_one_changes(x, make):
+    layer = make(H)
     first = layer(x).numpy()
-    kept = layer.kernel.prepacked(layer.recurrent_kernel, layer.bias).kept
-    assert len(kept) == 1
+    kept = layer.running_weights()
+    assert len(kept[-1].kept) == 1
     assert np.array_equal(layer(x).numpy(), first)
-    assert layer.kernel.prepacked(layer.recurrent_kernel, layer.bias).kept is kept
-    for changed in (layer.kernel, layer.recurrent_kernel, layer.bias):
-        changed.assign(changed.numpy() * 0.5)
+    assert layer.running_weights() is kept
+    for changed in layer.weights:
+        changed.assign(changed.numpy() * 0.5 + 0.1)
         after = layer(x).numpy()
         with nl.use_backend("reference"):
             assert np.allclose(after, layer(x).numpy(), atol=1e-6)
         assert not np.allclose(after, first, atol=1e-4)
         first = after
-    with nl.GradientTape() as tape:  # training packs anew
+    with nl.GradientTape() as tape:  # what learns is made anew
+        assert layer.running_weights()[-1] is None
         loss = layer(x).sum()
     tape.gradient(loss, layer.trainable_weights)
+    copy = deepcopy(layer)
+    assert np.array_equal(copy(x).numpy(), first)
+    copy.kernel.assign(copy.kernel.numpy() + 1)
+    assert not np.array_equal(copy(x).numpy(), first)
     assert np.array_equal(layer(x).numpy(), first)
+
+
+def test_a_bias_that_is_another_variable_now_is_seen(x):
+    layer = nl.LSTM(H)
+    first = layer(x).numpy()
+    layer.bias = nl.Variable(np.ones_like(layer.bias.numpy()), "bias")
+    assert not np.allclose(layer(x).numpy(), first, atol=1e-3)

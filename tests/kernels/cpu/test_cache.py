@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from numlstm.kernels.cpu import cache, isa
+from numlstm.kernels.cpu.plan import SIGNATURE
 
 # Counts what Numba compiles.
 COUNT = """
@@ -80,6 +81,19 @@ def test_the_second_process_compiles_nothing_and_an_edit_is_seen(count, tmp_path
     assert sorted((tmp_path / "kernels").iterdir()) == files
     assert count(2.0) == 1  # the same name, another text
     assert count(2.0, 1.0) == 0  # made by two processes, loaded by one: each is itself
+
+
+def test_whether_a_kernel_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NUMLSTM_CACHE_DIR", str(tmp_path / "kernels"))
+    assert not cache.is_cached("light", "1")
+
+    def kernel(p, shard, shards):
+        pass
+
+    cache.compile_kernel(kernel, "light", "1", SIGNATURE)
+    assert cache.is_cached("light", "1") and not cache.is_cached("light", "2")
+    monkeypatch.setenv("NUMLSTM_CACHE_DIR", "")
+    assert not cache.is_cached("light", "1")
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -115,6 +115,21 @@ def test_whoever_asks_often_finds_helpers_awake(keep_threads: None, monkeypatch:
     assert not threads._gang.state(0)
 
 
+@pytest.mark.parametrize(("at_hand", "asked"), [(True, 100), (False, 1000)])
+def test_helpers_are_made_sooner_where_what_they_run_need_only_be_loaded(
+    at_hand: bool, asked: int, keep_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_gang", threads._Gang())
+    monkeypatch.setattr(threads, "is_cached", lambda *_: at_hand)
+    monkeypatch.setattr(threads, "SOON", 10.0)
+    threads.set_num_threads(2)
+    for _ in range(asked - 1):
+        assert not threads.ready()
+    assert not threads._gang.helpers
+    threads.ready()
+    assert len(threads._gang.helpers) == 1
+
+
 def test_more_threads_than_slots_are_refused() -> None:
     kernel = Kernel(lambda *_: None)
     with pytest.raises(ValueError, match="number of threads: at most 256 can work together, got 300"):
