@@ -633,14 +633,14 @@ def prepare(
     """
     T, B, I, H, _ = shape
     lay, paired = Layout.of(cell.stages[0], precision), precision != "float32"
-    kept = prepacked is not None and not training and not paired
+    kept = prepacked is not None and not training
     own = _arrangement(cell, T, B, I, H, training, steps, shards, units, apart, precision, kept)
     S, again = len(cell.state), training and steps is not None
     slab = own.slab()
     plan = own.words.copy()
     plan[own.places] += address(slab)
     if kept:
-        key = (cell, I, H, bias is None)
+        key = (cell, I, H, bias is None, precision)
         packed_weights = prepacked.kept.get(key) or PackedWeights.room(lay, I, H)
         plan[KEPT] = packed_weights.words
     HP = int(plan[P.HP])

@@ -13,6 +13,7 @@ from numlstm.kernels import cells, reference
 from numlstm.kernels.cpu import sequence, threads
 from numlstm.kernels.cpu.layout import ALIASED
 from numlstm.kernels.derive import Cell
+from numlstm.kernels.sequence import Prepacked
 
 SPLITS = [(1, False), (2, False), (2, True), (3, False), (3, True)]  # threads, units or batch
 SIZES = [
@@ -64,6 +65,27 @@ def test_inference_is_training_without_the_residual(cell: Cell, pattern: str, sh
         assert out.states is None and out.residual is None
         assert np.array_equal(out.h, trained.h)
         assert all(np.array_equal(a, b) for a, b in zip(out.final, trained.final, strict=True))
+
+
+@pytest.mark.parametrize("cell", [cells.lstm(), zoo.CELLS["gru"]], ids=lambda c: c.name)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_packed_weights_that_are_kept_give_the_same_bits(cell: Cell, precision: str, share_by) -> None:
+    kept = Prepacked()
+    for size in ((4, 9, 2, 21), (3, 1, 2, 21)):
+        question = ask(cell, *size, "holes").cast("f")
+        weights = question.arguments[1:5] if size[1] == 9 else weights
+        arguments = cell, question.arguments[0], *weights, *question.arguments[5:]
+        plain = sequence.forward(*arguments, training=False, precision=precision)
+        for split in SPLITS[:3]:
+            share_by(*split)
+            for _ in range(2):
+                out = sequence.forward(*arguments, training=False, precision=precision, prepacked=kept)
+                assert np.array_equal(out.h, plain.h)
+    assert len(kept.kept) == 1
+    without = cell, *question.arguments[:3], None, *question.arguments[4:]  # no bias: other room
+    plain = sequence.forward(*without, training=False, precision=precision)
+    out = sequence.forward(*without, training=False, precision=precision, prepacked=kept)
+    assert np.array_equal(out.h, plain.h)
 
 
 @every_cell
