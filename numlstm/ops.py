@@ -30,7 +30,6 @@ from numlstm.autograd import (
     RowGradient,
     Tensor,
     TensorLike,
-    Variable,
     apply,
     apply_joint,
     needs_gradient,

@@ -505,7 +505,9 @@ class PackedWeights(NamedTuple):
         offsets, _, end = lay_out({}, weights)
         memory = aligned((end,))
         memory[: weights[P.BP]] = 0
-        return cls(memory, np.array([0, *(address(memory) + 4 * offsets[place] for place in weights)], np.int64))
+        return cls(
+            memory, np.array([0, *(address(memory) + 4 * offsets[place] for place in weights)], np.int64)
+        )
 
 
 @lru_cache(1024)

@@ -19,13 +19,13 @@ import os
 import sys
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
@@ -263,8 +263,8 @@ class _Gang:
     def run(self, work: list[Call]) -> None:
         """Make every call at once, the first of them on this thread."""
         others = len(work) - 1
-        table = np.array([(kernel.address, *rest) for kernel, *rest in work], np.int64)
-        arguments = table.ctypes.data, self.slots, others
+        table = array("q", [word for kernel, *rest in work for word in (kernel.address, *rest)])
+        arguments = table.buffer_info()[0], self.slots, others
         with self.lock:
             self.grow(others)
             if _native(at_once)(*arguments):

@@ -303,7 +303,8 @@ class Recurrent(Layer):
     def running_weights(
         self, training: bool = False
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None, Prepacked | None]:
-        """`cell_weights`, and room for kernels to keep them packed; where nothing learns, made once until a weight changes."""
+        """`cell_weights`, and room for kernels to keep them packed: where nothing learns, made once until a weight
+        changes."""
         held = [v for v in (self.kernel, self.recurrent_kernel, self.bias, *self._variables) if v is not None]
         thinned = training and self.recurrent_dropconnect
         if thinned or needs_gradient(*held) or not all([isinstance(v, Variable) for v in held]):
