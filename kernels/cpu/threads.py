@@ -254,7 +254,8 @@ class _Gang:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.helpers: list[_Helper] = []
-        self.stirred, self.asked, self.at_hand = 0.0, 0, False
+        self.stirred, self.asked = 0.0, 0
+        self.at_hand: bool | None = None  # whether what helpers run is in the cache; nobody has looked yet
         # Never freed: a helper may look at its slot while the interpreter is going down.
         self.board = (ctypes.c_int64 * ((MOST_HELPERS + 1) * SLOT_BYTES // 8))()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.board))
@@ -310,7 +311,7 @@ class _Gang:
 
     def worth_making(self) -> bool:
         """Whether helpers have been asked for often enough that the first is made."""
-        if self.asked == ASKED_TO_LOAD:
+        if self.asked >= ASKED_TO_LOAD and self.at_hand is None:
             self.at_hand = all(is_cached(function.__name__, "") for function in HELPERS_RUN)
         return self.asked >= (ASKED_TO_LOAD if self.at_hand else ASKED_TO_COMPILE)
 
