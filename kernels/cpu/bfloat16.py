@@ -4,7 +4,8 @@ A product over k reads 32-bit words of two bfloat16 values, k and k + 1, the low
 the last word's upper half is zero, and in amx.py's tiles a row ends with words of zeros. So every operand is laid out as its
 float32 counterpart is (layout.py), with half as many k, and the same tiles' loops walk over both:
     rows      x and h: [T B][I / 2] words, rounded once
-    weights   [block][I / 2][GX W] words, and transposed in panels of columns [panel][gates H / 2][vectors LANES]
+    weights   [block][group][I / 2][its columns] words, and transposed in panels of columns
+              [panel][gates H / 2][vectors LANES]
     pairs of rows    for sums over rows (the weights' gradients): [rows / 2][columns] words, the rows 2 r and 2 r + 1;
                      for amx.py's tiles, which want A in rows, x's and h's transposed: [columns][rows / 2]
 Sums, states, gates and master weights stay float32.
@@ -18,7 +19,7 @@ from numba import njit
 
 from .amx import ROWS, UNIT
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import Layout, P, words
+from .layout import Layout, P, place_in_group, words
 from .microkernel import TRANSPOSE, tile1, transpose
 from .plan import get, share
 from .simd import (
@@ -54,6 +55,7 @@ __all__ = [
     "turn_words",
 ]
 
+PACKED_WORDS = 8  # of two rows of the weights, at a time
 PAIRED_ROWS = 256  # of time and batch in a block of the weight gradients' products
 
 
@@ -187,7 +189,7 @@ def zip_rows(source: int, step: int, count: int, rows: int, zeros: int, out: int
 
 
 def pack_pairs(p: int, shard: int, shards: int) -> None:
-    """parts.pack in pairs: (rows, row) -> [block][rows / 2][gates width] words; and x rounded, in every pass."""
+    """parts.pack in pairs: (rows, row) -> [block][group][rows / 2][its columns] words; and x rounded, in every pass."""
     I, x_row = get(p, P.I), words(p, P.I) * 4
     first, last = share(get(p, P.X_ROWS), shard, shards)
     round_rows(get(p, P.X_SOURCE), I * 4, I, get(p, P.X), x_row, first, last)
@@ -198,22 +200,30 @@ def pack_pairs(p: int, shard: int, shards: int) -> None:
     u0, u1 = share(blocks, shard, shards)
     source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
     of_gate, out, deep = get(p, P.X_COLUMN), get(p, P.WP), words(p, P.I)
+    group, before = get(p, P.X_GROUP), 0
     for _ in range(2):
-        for k in range(deep):  # outermost: the source's rows are read as they lie
+        for first in range(0, deep, PACKED_WORDS):  # as in parts.pack
+            last = min(first + PACKED_WORDS, deep)
             for u in range(u0, u1):
+                block = out + u * deep * gates * width * 4
                 for g in range(gates):
-                    a = source + (2 * k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
-                    z = out + ((u * deep + k) * gates + g) * width * 4
+                    column = source + (load_int(of_gate + 8 * g) * H + u * width) * 4
                     for q in range(0, width, LANES):
                         n = H - u * width - q
-                        low, high = K(0.0), K(0.0)
-                        if 2 * k < rows:
-                            low = load_n(a + q * 4, n)
-                        if 2 * k + 1 < rows:
-                            high = load_n(a + (row + q) * 4, n)
-                        store(z + q * 4, join_pairs(low, high))
+                        z, between = place_in_group(
+                            (g * width + q) * 4, before, gates * width * 4, group, deep
+                        )
+                        for k in range(first, last):
+                            a = column + (2 * k * row + q) * 4
+                            low, high = K(0.0), K(0.0)
+                            if 2 * k < rows:
+                                low = load_n(a, n)
+                            if 2 * k + 1 < rows:
+                                high = load_n(a + row * 4, n)
+                            store(block + z + k * between, join_pairs(low, high))
         source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
         of_gate, out, deep = get(p, P.H_COLUMN), get(p, P.RP), words(p, P.K)
+        group, before = get(p, P.H_GROUP), (get(p, P.PRE) - gates) * width * 4
     if get(p, P.BIAS) != 0:
         for u in range(u0, u1):
             for g in range(get(p, P.X_GATES)):

@@ -559,7 +559,7 @@ def _arrangement(
         P.TRAINING: int(training), P.MASK_STEPS: T, P.STATE_SLOT: slots * B * HP * 4,
         P.STATE_STEP: B * HP * 4 * training, P.START_SLOT: pieces * B * HP * 4 if again else 0,
         **forward_parts(precision), P.STEPS: _address(_steps),
-        **tile_words(cell.stages[0], precision, B, H, shards if units else 1),
+        **tile_words(cell.stages[0], precision, B, H, shards if units else 1, apart),
         P.X_COLUMN: address(own.x_column), P.H_COLUMN: address(own.h_column),
     }  # fmt: skip
     made, where = _arrange(words, zeroed, rest)
@@ -611,6 +611,7 @@ def _arrangement_back(
     return *_arrange(words, zeroed, rest), none, (Shared.of(kernel), Shared.of(recurrent))
 
 
+_GROUPED = np.array([P.X_GROUP, P.H_GROUP], np.intp)
 KEPT = np.array([P.PACKED, P.BP, P.WP, P.RP], np.intp)
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _IN_PLACE = np.array([P.X, P.X_T, P.X_B, P.FED], np.intp)
@@ -642,7 +643,7 @@ def prepare(
     plan = own.words.copy()
     plan[own.places] += address(slab)
     if kept:
-        key = (cell, I, H, bias is None, precision)
+        key = (cell, I, H, bias is None, precision, *plan[_GROUPED].tolist())
         packed_weights = prepacked.kept.get(key) or PackedWeights.room(lay, I, H)
         plan[KEPT] = packed_weights.words
     HP = int(plan[P.HP])

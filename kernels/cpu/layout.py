@@ -6,7 +6,8 @@ up to whole blocks.
     gates   [block][T B][NP W]   pre-activations, then saved values, then gradients, each over the last: the closing
                                  products stream it as if it were packed (gradients of a last block of few units with
                                  no gap between its gates, where CLOSE_GATES says so)
-    wp, rp  [block][I or K][GX W or GH W]    packed weights;   rt, wt    the same, transposed, in panels of columns
+    wp, rp  [block][group of columns][I or K][the group's columns]    packed weights, GX W and GH W columns a block, those
+            of one tile together;   rt, wt    the same, transposed, in panels of columns
 In bfloat16 the products' operands are words of two values each, and K, I and H above half as many (bfloat16.py); what is
 said here of x and of what the recurrent product reads then means rounded copies of them. In the tiles of amx.py, too, and
 each row's words are rounded up to a whole number of amx.UNIT by zeros.
@@ -41,6 +42,7 @@ __all__ = [
     "by_step",
     "columns",
     "field",
+    "place_in_group",
     "product_tiles",
     "state_gradients",
     "steps_and_rows",
@@ -108,6 +110,10 @@ class P(IntEnum):
     STEP_TILES = auto()  # the same two for the products of a step, and the most rows of a tile there
     STEP_GROUPS = auto()
     STEP_ROWS = auto()
+    X_GROUP = (
+        auto()
+    )  # bytes of a group's columns in packed weights, pre-activations that a product leaves out included
+    H_GROUP = auto()
     PLAIN = auto()
     # Vectors of a panel of transposed weights, its tiles as PLAIN has them, and their most rows
     PANEL = auto()
@@ -286,36 +292,41 @@ def field(place: P) -> str:
 @cache
 def product_tiles(stage: Stage, precision: str = "float32", one_row: bool = False) -> np.ndarray:
     """The stage's fused tiles, a row for each group of columns: addresses for 1 to `tile_rows` rows (with `one_row` only
-    for 1, of wider groups), then the bytes of a packed row before the group's columns and before its part of the recurrent
-    weights. Plans point here."""
+    for 1, of wider groups), then in bytes the group's columns that the input feeds and those that the recurrence does, the
+    block's columns before them, and those before its recurrent ones. Plans point here."""
     lay, table = Layout.of(stage), []
     apart = (lay.pre - lay.h_gates) * lay.blocks_vectors  # columns that the recurrence does not feed
     for first, count, windows in lay.groups(ROW_COLUMNS if one_row else TILE_COLUMNS):
-        before = first * VECTOR_BYTES, max(0, first - apart) * VECTOR_BYTES
-        table.append([*fused_family(count, windows, precision, 1 if one_row else None), *before])
+        words = [*(last - start for start, last in windows), first, max(0, first - apart)]
+        tiles = fused_family(count, windows, precision, 1 if one_row else None)
+        table.append([*tiles, *(VECTOR_BYTES * n for n in words)])
     return np.array(table, np.int64)
 
 
-def tile_words(stage: Stage, precision: str, B: int, K: int, shards: int) -> dict[P, int]:
+def tile_words(stage: Stage, precision: str, B: int, K: int, shards: int, apart: bool) -> dict[P, int]:
     """What a plan says of the product tiles. A row by itself has wider ones, of the same bits.
 
     Arguments:
         B: rows of the batch.
         K: units of what the recurrent product reads.
         shards: among how many threads they are divided.
+        apart: whether the input product comes first, in tall tiles.
     """
     tiles, plain = product_tiles(stage, precision), plain_families(precision)
     of_step, panel, of_panel = tiles, TILE_COLUMNS, plain
     of_step_rows = of_panel_rows = rows_of(precision)
+    x_group = h_group = TILE_COLUMNS
     if B == 1 and precision == "float32":
         if len(tiles) > 1:
             of_step, of_step_rows = product_tiles(stage, precision, one_row=True), 1
+            x_group, h_group = TILE_COLUMNS if apart else ROW_COLUMNS, ROW_COLUMNS
         share = -(-K // (LANES * shards))  # of the vectors: as few panels as there can be, all of a size
         panel, of_panel, of_panel_rows = -(-share // -(-share // ROW_COLUMNS)), row_family(), 1
     return {
         P.FUSED: address(tiles), P.GROUPS: len(tiles), P.PLAIN: address(plain),
         P.STEP_TILES: address(of_step), P.STEP_GROUPS: len(of_step), P.STEP_ROWS: of_step_rows,
         P.PANEL: panel, P.PANEL_TILES: address(of_panel), P.PANEL_ROWS: of_panel_rows,
+        P.X_GROUP: x_group * VECTOR_BYTES, P.H_GROUP: h_group * VECTOR_BYTES,
     }  # fmt: skip
 
 
@@ -326,6 +337,20 @@ def words(p: int, place: int) -> int:
     per_word = get(p, P.PER_WORD)
     values = per_word * get(p, P.UNIT)
     return ((get(p, place) + values - 1) & -values) >> (per_word - 1)
+
+
+@njit(**INNER_OPTIONS)
+def place_in_group(column: int, before: int, columns: int, group: int, rows: int) -> tuple[int, int]:
+    """Where packed weights [group of columns][rows][the group's columns] have a column: the bytes from their start to its
+    first row, and from row to row.
+
+    Arguments, but for `rows` in bytes:
+        column: among the product's own `columns`; the groups count those that it leaves out, too, `before` its first one.
+        group: of a whole group, a power of two.
+    """
+    begin = ((column + before) & -group) - before
+    first, last = max(begin, 0), min(begin + group, columns)
+    return first * rows + column - first, last - first
 
 
 def columns(cell: Cell, stage: Stage) -> tuple[np.ndarray, np.ndarray]:

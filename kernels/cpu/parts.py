@@ -18,7 +18,7 @@ from . import amx
 from .bfloat16 import closing_pairs, closing_tiles, pack_back_pairs, pack_pairs
 from .cache import compile_address
 from .isa import LANES, TILE_COLUMNS, TILE_ROWS
-from .layout import P, words
+from .layout import P, place_in_group, words
 from .microkernel import TRANSPOSE, tile1, tile2, transpose
 from .plan import get, share
 from .simd import (
@@ -52,6 +52,7 @@ __all__ = [
 call_part: Any = caller(3)  # the plan, and the caller's share of the work
 call_forward_step: Any = caller(7)
 call_dx_step: Any = caller(8)
+PACKED_ROWS = 16  # of the weights, at a time
 GRADIENT_ROWS = 192  # of time and batch in a block of the weight gradients' products
 
 
@@ -68,8 +69,8 @@ def tile_rows(left: int, most: int) -> int:
 
 @njit(**INNER_OPTIONS)
 def group_bytes(rows: int) -> int:
-    """Bytes of a row of `product_tiles`; the last two numbers are the bytes of a packed row before the group."""
-    return 8 * (rows + 2)
+    """Bytes of a row of `product_tiles`: addresses, then four numbers."""
+    return 8 * (rows + 4)
 
 
 @njit(**INNER_OPTIONS)
@@ -81,8 +82,10 @@ def share_panels(vectors: int, panel: int, shard: int, shards: int) -> tuple[int
 
 def pack(p: int, shard: int, shards: int) -> None:
     """The weights in the order of the forward tiles, the gates' columns of each block of units side by side, padded with
-    0: (rows, row) -> [block][rows][gates width]. And the biases. In a narrow last block the recurrent weights' gates
-    stand closer, as many floats apart as the block has units. Nothing is done where a pass before this one has done it."""
+    0, a tile's columns together: (rows, row) -> [block][group][rows][its columns]. (Side by side over all groups, the
+    processor would fetch what lies beside a tile's columns, too.) And the biases, [block][gates width]. In a narrow last
+    block the recurrent weights' gates stand closer, as many floats apart as the block has units, and are one group. Nothing
+    is done where a pass before this one has done it."""
     if get(p, P.PACKED) != 0:
         return
     H, width, blocks, narrow = get(p, P.H), get(p, P.WIDTH), get(p, P.BLOCKS), get(p, P.NARROW) * LANES
@@ -90,22 +93,31 @@ def pack(p: int, shard: int, shards: int) -> None:
     u0, u1 = share(blocks, shard, shards)
     source, row, rows, gates = get(p, P.KERNEL), get(p, P.X_ROW), get(p, P.I), get(p, P.X_GATES)
     of_gate, out, step = get(p, P.X_COLUMN), get(p, P.WP), gates * width * 4
+    group, before = get(p, P.X_GROUP), 0
     for kind in range(3):  # one body in a loop: LLVM would work through three of them three times
-        for k in range(rows):  # outermost: the source's rows are read as they lie
+        for first in range(
+            0, rows, PACKED_ROWS
+        ):  # some rows are read as they lie, while all blocks take their part
+            last = min(first + PACKED_ROWS, rows)
             for u in range(u0, u1):
                 narrowed = kind == 1 and narrow != 0 and u == blocks - 1
-                z = out + u * rows * step + k * (narrow * 4 if narrowed else step)
+                block = out + u * rows * step
                 for g in range(gates):
-                    a = source + (k * row + load_int(of_gate + 8 * g) * H + u * width) * 4
+                    a = source + (load_int(of_gate + 8 * g) * H + u * width) * 4
                     for q in range(0, width, LANES):
-                        value = load_n(a + q * 4, H - u * width - q)
+                        left = H - u * width - q
                         if narrowed:  # the zeros after a gate's units are overwritten by the next gate
-                            store_n(z + (g * units + q) * 4, value, narrow - g * units - q)
+                            z, room = block + (g * units + q) * 4, narrow - g * units - q
+                            for k in range(first, last):
+                                store_n(z + k * narrow * 4, load_n(a + (k * row + q) * 4, left), room)
                         else:
-                            store(z + (g * width + q) * 4, value)
+                            z, between = place_in_group((g * width + q) * 4, before, step, group, rows)
+                            for k in range(first, last):
+                                store(block + z + k * between, load_n(a + (k * row + q) * 4, left))
         if kind == 0:
             source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
             of_gate, out, step = get(p, P.H_COLUMN), get(p, P.RP), gates * width * 4
+            group, before = get(p, P.H_GROUP), get(p, P.PRE) * width * 4 - step
         else:
             source, gates, out = get(p, P.BIAS), get(p, P.X_GATES), get(p, P.BP)
             of_gate, step, rows = get(p, P.X_COLUMN), get(p, P.PRE) * width * 4, 1 if source != 0 else 0
@@ -124,7 +136,7 @@ def input_product(p: int, u0: int, u1: int) -> None:
                 first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (min(TILE_ROWS, TB - r) - 1) * 8),
-                    x + r * x_step, x_step, 4, I, wp + first, x_row,
+                    x + r * x_step, x_step, 4, I, wp + first * I, load_int(group + group_row - 32),
                     0, 0, 0, 0, 0, 0,
                     bp + u * row + first, 0, gates + r * row + first, row,
                 )  # fmt: skip
@@ -170,8 +182,9 @@ def forward_step(p: int, t: int, b0: int, b1: int, u0: int, u1: int, scratch: in
                 first = load_int(group + group_row - 16)
                 tile2(
                     load_int(group + (m - 1) * 8),
-                    x + b * x_step, x_step, 4, depth, wp + first, x_row,
-                    fed + b * fed_row, fed_row, 4, K_here, rp + load_int(group + group_row - 8), h_row,
+                    x + b * x_step, x_step, 4, depth, wp + first * I, load_int(group + group_row - 32),
+                    fed + b * fed_row, fed_row, 4, K_here,
+                    rp + load_int(group + group_row - 8) * K, load_int(group + group_row - 24),
                     start + first, start_step, s + first, row,
                 )  # fmt: skip
             if units != 0:

@@ -721,7 +721,7 @@ def _forward_blueprint(cell: Cell, shape: Shape) -> tuple[Blueprint, dict[str, i
             P.X_COLUMN: tables.add(f"x column {k}", x_column.tolist()),
             P.X_GATES: lay.x_gates, P.H_GATES: lay.h_gates,
             P.H_COLUMN: tables.add(f"h column {k}", h_column.tolist()),
-            **tile_words(stage, shape.precision, B, depth, shape.shards if shape.units else 1),
+            **tile_words(stage, shape.precision, B, depth, shape.shards if shape.units else 1, apart),
             P.WIDTH: lay.width, P.PRE: lay.pre,
             P.NARROW: lay.narrow(made), P.X_ROWS: x_rows if stage.x_gates else 0,
             P.FORWARD_TILE: forward_tiles[k], P.NORM_COUNT: len(norms), P.VECTORS: tables.add(f"vectors {k}", table),

@@ -81,7 +81,7 @@ def test_packed_weights_that_are_kept_give_the_same_bits(cell: Cell, precision: 
             for _ in range(2):
                 out = sequence.forward(*arguments, training=False, precision=precision, prepacked=kept)
                 assert np.array_equal(out.h, plain.h)
-    assert len(kept.kept) == 1
+    assert len(kept.kept) <= 2  # a row by itself may want another order
     without = (
         cell,
         question.arguments[0],
