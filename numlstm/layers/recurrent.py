@@ -303,11 +303,10 @@ class Recurrent(Layer):
     def running_weights(
         self, training: bool = False
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None, Prepacked | None]:
-        """`cell_weights`, and room for kernels to keep them packed: where nothing learns, made once until a weight
+        """`cell_weights`, and room for kernels to keep them packed: in inference they are made once until a weight
         changes."""
         held = [v for v in (self.kernel, self.recurrent_kernel, self.bias, *self._variables) if v is not None]
-        thinned = training and self.recurrent_dropconnect
-        if thinned or needs_gradient(*held) or not all([isinstance(v, Variable) for v in held]):
+        if training or needs_gradient(*held) or not all([isinstance(v, Variable) for v in held]):
             return *self.cell_weights(training), None
         return self.kernel.kept(held, lambda: (*self.cell_weights(), Prepacked()))
 
