@@ -9,12 +9,17 @@ from questions import ask, check
 from numlstm.kernels import cells
 from numlstm.kernels.cpu import parts
 from numlstm.kernels.cpu.isa import LANES, TILE_COLUMNS, TILE_ROWS
-from numlstm.kernels.cpu.layout import Layout
+from numlstm.kernels.cpu.layout import Layout, place_in_group
 
 
 @pytest.fixture(scope="module")
 def cut():
     return njit(lambda left, most: parts.tile_rows(left, most))
+
+
+@pytest.fixture(scope="module")
+def place():
+    return njit(lambda column, before, columns, group, rows: place_in_group(column, before, columns, group, rows))
 
 
 def test_rows_are_all_taken_and_no_tile_is_thin(cut) -> None:
@@ -26,6 +31,23 @@ def test_rows_are_all_taken_and_no_tile_is_thin(cut) -> None:
             left -= found[-1]
         assert sum(found) == rows and max(found) <= TILE_ROWS
         assert rows < TILE_ROWS or min(found) >= TILE_ROWS // 2, (rows, found)
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+@pytest.mark.parametrize(("columns", "before"), [(4, 0), (3, 1), (1, 3), (5, 0), (6, 4), (12, 0)])
+def test_packed_columns_lie_group_by_group(place, columns: int, before: int, group: int) -> None:
+    """Every place is taken once, and each of a group's rows is one run."""
+    rows, taken = 5, []
+    groups: dict[int, list[int]] = {}
+    for column in range(columns):
+        groups.setdefault((column + before) // group, []).append(column)
+    for members in groups.values():
+        for column in members:
+            first, between = place(column, before, columns, group, rows)
+            assert between == len(members)
+            assert first == members[0] * rows + members.index(column)
+            taken += [first + k * between for k in range(rows)]
+    assert sorted(taken) == list(range(columns * rows))
 
 
 def test_a_narrow_block_saves_vectors() -> None:
