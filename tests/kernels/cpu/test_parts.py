@@ -19,7 +19,9 @@ def cut():
 
 @pytest.fixture(scope="module")
 def place():
-    return njit(lambda column, before, columns, group, rows: place_in_group(column, before, columns, group, rows))
+    return njit(
+        lambda column, before, columns, group, rows: place_in_group(column, before, columns, group, rows)
+    )
 
 
 def test_rows_are_all_taken_and_no_tile_is_thin(cut) -> None:
