@@ -493,7 +493,7 @@ def _weights(lay: Layout, I: int, H: int) -> dict[P, int]:
 
 
 class PackedWeights(NamedTuple):
-    """Packed biases and weights that serve many passes, and what a plan says of them at the places KEPT."""
+    """Packed biases and weights that serve many passes, and what a plan says of them at the places _KEPT."""
 
     memory: np.ndarray
     words: np.ndarray
@@ -612,7 +612,7 @@ def _arrangement_back(
 
 
 _GROUPED = np.array([P.X_GROUP, P.H_GROUP], np.intp)
-KEPT = np.array([P.PACKED, P.BP, P.WP, P.RP], np.intp)
+_KEPT = np.array([P.PACKED, P.BP, P.WP, P.RP], np.intp)
 _WITH_CALL = np.array([P.KERNEL, P.RECURRENT, P.BIAS, P.VALID, P.STATE_H], np.intp)
 _IN_PLACE = np.array([P.X, P.X_T, P.X_B, P.FED], np.intp)
 _PACKED_WEIGHTS, _WEIGHTS_GRADIENTS = np.array([P.WP, P.RP], np.intp), np.array([P.DWP, P.DRP], np.intp)
@@ -645,7 +645,7 @@ def prepare(
     if kept:
         key = (cell, I, H, bias is None, precision, *plan[_GROUPED].tolist())
         packed_weights = prepacked.kept.get(key) or PackedWeights.room(lay, I, H)
-        plan[KEPT] = packed_weights.words
+        plan[_KEPT] = packed_weights.words
     HP = int(plan[P.HP])
     hs = aligned((T + 1, B, HP))
     cs = own.piece(slab, P.STATES, S - 1, -1, B, HP) if S > 1 else ()

@@ -110,9 +110,8 @@ class P(IntEnum):
     STEP_TILES = auto()  # the same two for the products of a step, and the most rows of a tile there
     STEP_GROUPS = auto()
     STEP_ROWS = auto()
-    X_GROUP = (
-        auto()
-    )  # bytes of a group's columns in packed weights, pre-activations that a product leaves out included
+    # Bytes of a group's columns in packed weights, pre-activations that a product leaves out included
+    X_GROUP = auto()
     H_GROUP = auto()
     PLAIN = auto()
     # Vectors of a panel of transposed weights, its tiles as PLAIN has them, and their most rows

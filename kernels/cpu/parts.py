@@ -95,9 +95,7 @@ def pack(p: int, shard: int, shards: int) -> None:
     of_gate, out, step = get(p, P.X_COLUMN), get(p, P.WP), gates * width * 4
     group, before = get(p, P.X_GROUP), 0
     for kind in range(3):  # one body in a loop: LLVM would work through three of them three times
-        for first in range(
-            0, rows, PACKED_ROWS
-        ):  # some rows are read as they lie, while all blocks take their part
+        for first in range(0, rows, PACKED_ROWS):  # all blocks take their part of some rows, then of the next
             last = min(first + PACKED_ROWS, rows)
             for u in range(u0, u1):
                 narrowed = kind == 1 and narrow != 0 and u == blocks - 1
@@ -105,15 +103,12 @@ def pack(p: int, shard: int, shards: int) -> None:
                 for g in range(gates):
                     a = source + (load_int(of_gate + 8 * g) * H + u * width) * 4
                     for q in range(0, width, LANES):
-                        left = H - u * width - q
+                        left, room = H - u * width - q, LANES
+                        z, between = place_in_group((g * width + q) * 4, before, step, group, rows)
                         if narrowed:  # the zeros after a gate's units are overwritten by the next gate
-                            z, room = block + (g * units + q) * 4, narrow - g * units - q
-                            for k in range(first, last):
-                                store_n(z + k * narrow * 4, load_n(a + (k * row + q) * 4, left), room)
-                        else:
-                            z, between = place_in_group((g * width + q) * 4, before, step, group, rows)
-                            for k in range(first, last):
-                                store(block + z + k * between, load_n(a + (k * row + q) * 4, left))
+                            z, between, room = (g * units + q) * 4, narrow * 4, narrow - g * units - q
+                        for k in range(first, last):
+                            store_n(block + z + k * between, load_n(a + (k * row + q) * 4, left), room)
         if kind == 0:
             source, row, rows, gates = get(p, P.RECURRENT), get(p, P.H_ROW), get(p, P.K), get(p, P.H_GATES)
             of_gate, out, step = get(p, P.H_COLUMN), get(p, P.RP), gates * width * 4
